@@ -1,0 +1,26 @@
+PYTHON ?= python3
+BIN = .venv/bin
+READY = .venv/ready
+
+.PHONY: help train test lint
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+# The demonstration: 64x64 crops of photographs that ship with scikit-image, about 3 minutes on 2 CPU cores.
+train: $(READY)  ## train on photographs that ship with a dependency (set up on first use)
+	$(BIN)/python vqvae.py --dataset photos --hidden-size 64 --batch-size 32 --num-epochs 9 --flip \
+	    --lr 1e-3 --lr-schedule cosine --warmup-steps 100 --beta 0.25 \
+	    --mse-weight 1 --ssim-weight 0.5 --output-folder photos --overwrite
+
+test: $(READY)  ## run every test
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## check the style
+	$(BIN)/ruff check .
+
+$(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,82 @@
+"""Checkpoints and other files of a run: written whole or not at all, read safely."""
+import hashlib
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+FORMAT = 1
+
+
+def write_atomic(path, data):
+    """Write bytes so that `path` holds the old or the new content, whenever the process or the machine stops.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}; the file before it is kept, make room and go on with "
+                      "--resume") from error
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save(path, kind, contents):
+    """Save a dict of tensors and plain values as a checkpoint of `kind` ("vqvae", "prior", ...), atomically."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "kind": kind, **contents}, buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
+def load(path, kind):
+    """Load a checkpoint of `kind` to the CPU, executing nothing that is in it.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged, or not of this kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: train one first, or give the path of a best.pt or last.pt")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or is no checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(contents, dict) or contents.get("kind") != kind:
+        found = contents.get("kind") if isinstance(contents, dict) else None
+        raise ValueError(f"{path} is no checkpoint of a {kind} but of {found or 'something else'}")
+    return contents
+
+
+def digest(path):
+    """SHA-256 of a file, which names the exact model another run was built on."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def save_json(path, values):
+    write_atomic(path, (json.dumps(values, indent=2, default=str) + "\n").encode())
+
+
+def random_state():
+    """State of every generator that training draws from."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,118 @@
+"""What is reported: the same for every run, whatever it was trained on.
+
+Every image metric takes reconstructions and originals (B, C, H, W) in [0, 1] and returns one value an image, (B,);
+`as_8bit` brings a network's output there the way an image file would.
+"""
+from contextlib import nullcontext
+
+import torch
+from pytorch_msssim import ssim as msssim_ssim
+
+PERFECT_PSNR = 100.0  # dB, reported where an image is reproduced exactly
+_FLAT = 1e-3  # a quarter of an 8-bit step: keeps ratios finite on images without detail
+
+
+def as_8bit(x):
+    """Images in [-1, 1] -> [0, 1], clamped and rounded to the 256 levels of an image file."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255) / 255
+
+
+def mse(x_tilde, x):
+    """Mean squared error of an image on [0, 1]: (B,)."""
+    return (x_tilde - x).square().mean((1, 2, 3))
+
+
+def psnr(x_tilde, x):
+    """Peak signal-to-noise ratio in dB, -10 log10(MSE), at most `PERFECT_PSNR`: (B,). Higher is better."""
+    return -10 * torch.log10(mse(x_tilde, x).clamp(min=10 ** (-PERFECT_PSNR / 10)))
+
+
+def ssim(x_tilde, x):
+    """Structural similarity (Wang et al. 2004), 11-pixel Gaussian window of sigma 1.5: (B,), 1 is perfect.
+
+    On images smaller than the window, the largest odd window that fits.
+    """
+    window = min(11, *(side - 1 + side % 2 for side in x.shape[2:]))
+    return msssim_ssim(x_tilde, x, data_range=1., size_average=False, win_size=window)
+
+
+def _mean_gradient(x):
+    horizontal, vertical = torch.diff(x, dim=3)[:, :, :-1], torch.diff(x, dim=2)[:, :, :, :-1]
+    return (horizontal.square() + vertical.square()).sqrt().mean((1, 2, 3))
+
+
+def gradient_ratio(x_tilde, x):
+    """Mean gradient magnitude, reconstruction / original: (B,). 1 is as sharp as the original, below 1 is blurry."""
+    return (_mean_gradient(x_tilde) + _FLAT) / (_mean_gradient(x) + _FLAT)
+
+
+def _high_frequency_power(x):
+    height, width = x.shape[2:]
+    window = torch.outer(*(torch.hann_window(side, periodic=False, device=x.device) for side in (height, width)))
+    spectrum = torch.fft.fft2((x - x.mean((2, 3), keepdim=True)) * window, norm="ortho").abs().square()
+    frequencies = (torch.fft.fftfreq(side, device=x.device).square() for side in (height, width))
+    high = sum(torch.meshgrid(*frequencies, indexing="ij")).sqrt() > 0.25  # cycles a pixel; Nyquist is 0.5
+    return (spectrum * high).mean((1, 2, 3))
+
+
+def high_frequency_ratio(x_tilde, x):
+    """Spectral power above half of Nyquist, reconstruction / original: (B,); Hann window, mean removed. 1 is ideal."""
+    return (_high_frequency_power(x_tilde) + _FLAT ** 2) / (_high_frequency_power(x) + _FLAT ** 2)
+
+
+def color_bias(x_tilde, x):
+    """Mean of x_tilde - x in each channel: (B, C). 0 is ideal; a common sign over a split is a colour drift."""
+    return (x_tilde - x).mean((2, 3))
+
+
+IMAGE_METRICS = {
+    "mse": mse,
+    "psnr": psnr,
+    "ssim": ssim,
+    "gradient_ratio": gradient_ratio,
+    "high_frequency_ratio": high_frequency_ratio,
+}
+
+
+def codebook_usage(counts):
+    """Health of a codebook from how often each code was chosen over a whole split, counts (K,).
+
+    Returns:
+        dict: perplexity exp(H) in [1, K], the number of codes used as if evenly; used_codes; dead_codes = K - used.
+    """
+    p = counts.double() / counts.sum().clamp(min=1)
+    used = int((counts > 0).sum())
+    perplexity = float(torch.special.entr(p).sum().exp())
+    return {"perplexity": perplexity, "used_codes": used, "dead_codes": len(counts) - used}
+
+
+@torch.no_grad()
+def evaluate(model, loader, criterion=None, autocast=nullcontext):
+    """Mean of every metric over the images of a split, with the model in eval mode.
+
+    Args:
+        model: a `VectorQuantizedVAE`. loader: yields x (B, C, H, W) in [-1, 1] and labels.
+        criterion: a `ReconstructionLoss`, for `loss` on top (no metric: it depends on the training).
+        autocast: makes the context of the forward pass.
+    Returns:
+        dict of floats: `IMAGE_METRICS`, color_bias_0... by channel, quantization (mean squared distance of z_e to its
+        code), those of `codebook_usage`, and `loss` where a criterion is given.
+    """
+    was_training = model.training
+    model.eval()
+    sums, counts, images = {}, 0, 0
+    for x, _ in loader:
+        with autocast():
+            x_tilde, z_e, z_q = model(x)
+            latents = model.codebook(z_e)
+        counts = counts + torch.bincount(latents.flatten(), minlength=model.codebook.embedding.num_embeddings)
+        a, b = as_8bit(x_tilde), as_8bit(x)
+        values = {name: metric(a, b).double().sum() for name, metric in IMAGE_METRICS.items()}
+        values |= {f"color_bias_{i}": bias for i, bias in enumerate(color_bias(a, b).double().sum(0))}
+        values["quantization"] = (z_e.float() - z_q).square().mean().double() * len(x)
+        if criterion:
+            values["loss"] = criterion(x_tilde, x)[0].double() * len(x)
+        sums = {name: sums.get(name, 0) + value for name, value in values.items()}
+        images += len(x)
+    model.train(was_training)
+    return {name: float(value / images) for name, value in sums.items()} | codebook_usage(counts)

@@ -1,0 +1,27 @@
+"""What a person looks at: tables in the terminal and pictures of images side by side."""
+import torch
+from torchvision.utils import make_grid, save_image
+
+LEAST_SIDE = 96  # pixels; smaller images are enlarged by a whole factor, each pixel a square
+
+
+def markdown_table(header, rows):
+    """Aligned Markdown table; numbers with four significant digits."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def image_rows(rows):
+    """One picture (3 or 1, H', W') in [0, 1] of rows of images, each row (N, C, H, W) in [0, 1]."""
+    images = torch.cat([row.float().cpu() for row in rows])
+    factor = -(-LEAST_SIDE // min(images.shape[2:]))
+    images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    return make_grid(images, nrow=len(rows[0]), padding=4, pad_value=1.)
+
+
+def save_picture(path, rows):
+    """Save rows of images (N, C, H, W) in [0, 1] as a PNG."""
+    save_image(image_rows(rows), path)
+    return path

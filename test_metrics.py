@@ -1,0 +1,82 @@
+"""Reported metrics against scikit-image, closed forms and brute force."""
+import math
+
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import metrics
+from datasets import Batches
+from losses import ReconstructionLoss
+from metrics import IMAGE_METRICS
+from modules import VectorQuantizedVAE
+
+PERFECT = {"mse": 0., "psnr": metrics.PERFECT_PSNR, "ssim": 1., "gradient_ratio": 1., "high_frequency_ratio": 1.}
+
+
+def images(channels=3, size=(32, 40), count=3, seed=0):
+    return torch.rand(count, channels, *size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", IMAGE_METRICS)
+@pytest.mark.parametrize("x", [images(), images(1, (8, 8)), torch.zeros(2, 3, 16, 16), torch.ones(2, 1, 28, 28)])
+def test_identical_images_score_perfectly(name, x):
+    values = IMAGE_METRICS[name](x, x)
+    assert values.shape == (len(x),)
+    torch.testing.assert_close(values, torch.full_like(values, PERFECT[name]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_psnr_and_ssim_per_image_against_skimage(channels):
+    x, y = images(channels), (images(channels) + 0.1 * torch.randn(3, channels, 32, 40)).clamp(0, 1)
+    for a, b, psnr, ssim in zip(y, x, metrics.psnr(y, x), metrics.ssim(y, x)):
+        a, b = a.double().numpy(), b.double().numpy()
+        assert psnr.item() == pytest.approx(peak_signal_noise_ratio(b, a, data_range=1.), abs=1e-3)
+        assert ssim.item() == pytest.approx(structural_similarity(
+            b, a, channel_axis=0, data_range=1., gaussian_weights=True, sigma=1.5, use_sample_covariance=False), abs=1e-4)
+
+
+def test_gradient_ratio_of_half_the_contrast_is_one_half():
+    x = images()
+    torch.testing.assert_close(metrics.gradient_ratio(0.5 * x + 0.25, x), torch.full((3,), 0.5), atol=2e-3, rtol=0)
+
+
+def test_high_frequency_ratio_sees_blur_and_only_high_frequencies():
+    x = images()
+    assert (metrics.high_frequency_ratio(torch.nn.functional.avg_pool2d(x, 3, 1, 1), x) < 0.3).all()
+    torch.testing.assert_close(metrics.high_frequency_ratio(0.5 * x, x), torch.full((3,), 0.25), atol=1e-3, rtol=0)
+    ramp = torch.linspace(0, 0.2, 40).expand(3, 3, 32, 40)
+    torch.testing.assert_close(metrics.high_frequency_ratio(x + ramp, x), torch.ones(3), atol=1e-2, rtol=0)
+
+
+def test_color_bias_is_the_mean_shift_of_each_channel():
+    x, shift = images() * 0.5, torch.tensor([0.1, -0.05, 0.2])
+    torch.testing.assert_close(metrics.color_bias(x + shift.view(3, 1, 1), x), shift.expand(3, 3))
+
+
+def test_as_8bit_is_what_an_image_file_would_hold():
+    x = torch.tensor([-1.5, -1., 0., 0.5, 1., 2.])
+    assert (metrics.as_8bit(x) * 255).round().tolist() == [0, 0, 128, 191, 255, 255]
+
+
+@pytest.mark.parametrize("counts, perplexity, used", [([5, 5, 5, 5], 4., 4), ([7, 0, 0], 1., 1), ([1, 1, 0, 0], 2., 2)])
+def test_codebook_usage(counts, perplexity, used):
+    usage = metrics.codebook_usage(torch.tensor(counts))
+    assert usage["perplexity"] == pytest.approx(perplexity)
+    assert (usage["used_codes"], usage["dead_codes"]) == (used, len(counts) - used)
+
+
+def test_evaluate_is_the_mean_over_images_whatever_the_batches():
+    torch.manual_seed(0)
+    model = VectorQuantizedVAE(3, 8, 16)
+    pixels = torch.randint(256, (10, 16, 16, 3), dtype=torch.uint8)
+    criterion = ReconstructionLoss({"mse": 1., "l1": 0.5})
+    by_three, at_once = (metrics.evaluate(model, Batches(pixels, torch.zeros(10), size), criterion) for size in (3, 10))
+    assert by_three == pytest.approx(at_once, rel=1e-4, abs=1e-5) and model.training
+    x = next(iter(Batches(pixels, torch.zeros(10), 10)))[0]
+    with torch.no_grad():
+        x_tilde = model.eval()(x)[0]
+    assert at_once["psnr"] == pytest.approx(metrics.psnr(metrics.as_8bit(x_tilde), metrics.as_8bit(x)).mean().item())
+    counts = torch.bincount(model.encode(x).flatten(), minlength=16)
+    p = counts[counts > 0] / counts.sum()
+    assert at_once["perplexity"] == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-5)

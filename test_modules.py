@@ -1,0 +1,158 @@
+"""The networks against the public project's outputs, and the health of the codebook."""
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modules import VectorQuantizedVAE, VQEmbedding
+
+FIXTURE = Path(__file__).parent / "test_fixtures" / "upstream_compat.pt"
+HEALTHY = {"learner": "ema", "data_init": True, "restart_below": 0.02}
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    return torch.load(FIXTURE, weights_only=True)
+
+
+@pytest.mark.parametrize("codebook", [{}, HEALTHY])
+def test_public_checkpoints_load_and_give_the_same_outputs(upstream, codebook):
+    model = VectorQuantizedVAE(**upstream["vqvae_args"], **codebook)
+    model.load_state_dict(upstream["vqvae_state"])
+    model.eval()
+    with torch.no_grad():
+        x_tilde, z_e, z_q = model(upstream["x"])
+        latents = model.encode(upstream["x"])
+        decoded = model.decode(latents)
+    assert torch.equal(latents, upstream["latents"])
+    for found, expected in ((x_tilde, "x_tilde"), (z_e, "z_e"), (z_q, "z_q"), (decoded, "decoded")):
+        torch.testing.assert_close(found, upstream[expected], atol=1e-5, rtol=1e-5)
+
+
+def test_a_loaded_public_codebook_is_not_initialised_again(upstream):
+    model = VectorQuantizedVAE(**upstream["vqvae_args"], learner="gradient", data_init=True)
+    model.load_state_dict(upstream["vqvae_state"])
+    model.train()(upstream["x"])
+    assert torch.equal(model.codebook.embedding.weight, upstream["vqvae_state"]["codebook.embedding.weight"])
+
+
+@pytest.mark.parametrize("channels, size", [(1, (28, 28)), (3, (32, 48)), (3, (4, 4))])
+def test_shapes_of_square_and_oblong_images(channels, size):
+    model = VectorQuantizedVAE(channels, 8, 16)
+    x = torch.rand(2, channels, *size) * 2 - 1
+    x_tilde, z_e, z_q = model(x)
+    assert x_tilde.shape == x.shape and x_tilde.abs().max() <= 1
+    assert z_e.shape == z_q.shape == (2, 8, size[0] // 4, size[1] // 4)
+    assert model.decode(model.encode(x)).shape == x.shape
+
+
+def test_sides_that_do_not_divide_say_what_to_pass():
+    VectorQuantizedVAE.check_size((28, 32))
+    with pytest.raises(ValueError, match="--image-size 28x32"):
+        VectorQuantizedVAE.check_size((30, 32))
+
+
+def gradients(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return {part: any(p.grad is not None and p.grad.abs().sum() > 0 for p in getattr(model, part).parameters())
+            for part in ("encoder", "codebook", "decoder")}
+
+
+def test_each_loss_reaches_only_its_own_part():
+    torch.manual_seed(0)
+    model, x = VectorQuantizedVAE(3, 8, 16), torch.rand(2, 3, 16, 16) * 2 - 1
+    x_tilde, z_e, z_q = model(x)
+    assert gradients(F.mse_loss(x_tilde, x), model) == {"encoder": True, "codebook": False, "decoder": True}
+    x_tilde, z_e, z_q = model(x)
+    assert gradients(F.mse_loss(z_q, z_e.detach()), model) == {"encoder": False, "codebook": True, "decoder": False}
+    x_tilde, z_e, z_q = model(x)
+    assert gradients(F.mse_loss(z_e, z_q.detach()), model) == {"encoder": True, "codebook": False, "decoder": False}
+
+
+def test_straight_through_passes_the_decoders_gradient_to_the_encoder_unchanged():
+    codebook, z_e = VQEmbedding(8, 4), torch.randn(2, 4, 3, 5, requires_grad=True)
+    z_q_st, z_q = codebook.straight_through(z_e)
+    upstream = torch.randn_like(z_q_st)
+    assert torch.equal(torch.autograd.grad(z_q_st, z_e, upstream)[0], upstream)
+    assert torch.equal(z_q_st, z_q) and not torch.autograd.grad(z_q.sum(), z_e, allow_unused=True)[0]
+
+
+def test_eval_mode_freezes_everything():
+    model = VectorQuantizedVAE(3, 8, 16, **HEALTHY).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(3):
+        model(torch.rand(2, 3, 16, 16) * 2 - 1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_moving_averages_find_the_means_of_clusters():
+    torch.manual_seed(0)
+    centers = torch.tensor([[-4., 0.], [4., 0.], [0., 6.]])
+    codebook = VQEmbedding(3, 2, learner="ema").train()
+    codebook.embedding.weight.copy_(centers / 10)  # each nearest to a cluster of its own
+    codebook.average_sum.copy_(centers / 10)
+    for _ in range(600):
+        points = centers[torch.randint(3, (256,))] + 0.1 * torch.randn(256, 2)
+        codebook.straight_through(points.view(4, 8, 8, 2).permute(0, 3, 1, 2))
+    torch.testing.assert_close(codebook.embedding.weight, centers, atol=0.05, rtol=0)
+
+
+def test_one_step_of_the_averages_is_the_published_formula():
+    torch.manual_seed(0)
+    codebook = VQEmbedding(4, 3, learner="ema", decay=0.9).train()
+    start, z_e = codebook.embedding.weight.detach().clone(), torch.randn(2, 3, 4, 4)
+    vectors = z_e.permute(0, 2, 3, 1).reshape(-1, 3)
+    chosen = F.one_hot(torch.cdist(vectors, start).argmin(1), 4).float()  # (N, K)
+    unit = 4 / len(vectors)  # of uniform usage
+    count = 0.9 + 0.1 * unit * chosen.sum(0)
+    total = 0.9 * start + 0.1 * unit * chosen.t() @ vectors
+    codebook.straight_through(z_e)
+    torch.testing.assert_close(codebook.embedding.weight, total / count.unsqueeze(1), atol=1e-4, rtol=1e-4)
+
+
+def test_codes_start_as_encoder_outputs_of_the_first_batches():
+    torch.manual_seed(0)
+    codebook = VQEmbedding(10, 4, data_init=True).train()
+    batches = [torch.randn(1, 4, 2, 2) for _ in range(4)]  # four vectors each: three batches fill ten codes
+    for batch in batches:
+        codebook.straight_through(batch)
+    vectors = torch.cat([batch.permute(0, 2, 3, 1).reshape(-1, 4) for batch in batches[:3]])
+    assert all((vectors == code).all(1).any() for code in codebook.embedding.weight)
+    assert int(codebook.initialised) == 10
+
+
+@pytest.mark.parametrize("learner", ["ema", "gradient"])
+def test_dead_codes_restart_with_their_averages(learner):
+    torch.manual_seed(0)
+    codebook = VQEmbedding(8, 4, learner=learner, decay=0.5, restart_below=0.1).train()
+    codebook.embedding.weight.data[5:] = 1e3  # nothing comes near
+    for _ in range(6):
+        codebook.straight_through(torch.randn(4, 4, 4, 4))
+    assert codebook.embedding.weight.abs().max() < 10
+    assert codebook.average_sum.abs().max() < 30 and (codebook.average_count > 0).all()
+
+
+def test_no_restart_where_it_is_switched_off():
+    codebook = VQEmbedding(8, 4, decay=0.5).train()
+    codebook.embedding.weight.data[5:] = 1e3
+    for _ in range(6):
+        codebook.straight_through(torch.randn(4, 4, 4, 4))
+    assert (codebook.embedding.weight[5:] == 1e3).all()
+
+
+@pytest.mark.parametrize("arguments", [{"K": 0}, {"D": 0}, {"learner": "magic"}, {"decay": 1.}, {"restart_below": -1}])
+def test_wrong_codebook_arguments(arguments):
+    with pytest.raises(ValueError):
+        VQEmbedding(**({"K": 4, "D": 4} | arguments))
+
+
+def test_channels_last_and_bfloat16_change_little():
+    torch.manual_seed(0)
+    model, x = VectorQuantizedVAE(3, 16, 32).eval(), torch.rand(2, 3, 32, 32) * 2 - 1
+    plain = model(x)[0]
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last))[0], plain, atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x)[2].dtype == torch.float32
