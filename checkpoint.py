@@ -55,10 +55,11 @@ def load(path, kind):
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or is no checkpoint: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): use another, such as the "
+                         "best.pt or last.pt beside it") from error
     if not isinstance(contents, dict) or contents.get("kind") != kind:
         found = contents.get("kind") if isinstance(contents, dict) else None
-        raise ValueError(f"{path} is no checkpoint of a {kind} but of {found or 'something else'}")
+        raise ValueError(f"{path} is a checkpoint of {f'a {found}' if found else 'something else'}, not of a {kind}")
     return contents
 
 

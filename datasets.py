@@ -3,6 +3,7 @@
 To add a data set: write a function that returns its splits and give it a row in `DATASETS` at the end of this file.
 """
 import csv
+import hashlib
 import io
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torchvision.transforms.v2 import functional as TF
 
 from checkpoint import write_atomic
 
@@ -83,11 +84,20 @@ class Batches:
         batches = order.split(self.batch_size)[start:]
         flipped = flips.split(self.batch_size)[start:] if self.flip else [None] * len(batches)
         for (images, labels), flip in zip(self._read(batches), flipped):
-            x = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+            x = self._to_input(images)
             if flip is not None:
                 flip = flip[:len(x)].to(self.device).view(-1, 1, 1, 1)
-                x = torch.where(flip, x.flip(3), x)
-            yield x.contiguous(memory_format=torch.channels_last), labels
+                x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
+            yield x, labels
+
+    def examples(self, count):
+        """Batch of at most `count` images spread evenly over the split, unflipped."""
+        index = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).long()
+        images, _ = next(self._read([index]))
+        return self._to_input(images)
+
+    def _to_input(self, images):
+        return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
     def _read(self, batches):
         if not self.streams:
@@ -126,6 +136,13 @@ def _decode_or_skip(path, size, channels, skip_broken):
         return None
 
 
+class LatentBatches(Batches):
+    """Batches of latents (B, h, w) int64 and labels, from integers (N, h, w) of any kind."""
+
+    def _to_input(self, latents):
+        return latents.long()
+
+
 def _stack_decoded(images):
     kept = torch.tensor([i for i, image in enumerate(images) if image is not None], dtype=torch.int64)
     return torch.from_numpy(np.stack([images[i] for i in kept])) if len(kept) else None, kept
@@ -156,6 +173,17 @@ def decode(path, size=None, channels=3):
 
 def _is_grey(image):
     return image.mode in ("1", "L", "LA") or image.mode.startswith("I") or image.mode == "F"
+
+
+def fingerprint(name, source):
+    """What a data set's images depend on, as text: changes when a file in its folder does."""
+    description = [name, str(source.image_size), str(source.skip_broken)]
+    if name != "photos":
+        for root, _, names in sorted(os.walk(source.folder, followlinks=True)):
+            for file in sorted(names):
+                status = os.stat(os.path.join(root, file))
+                description.append(f"{root}/{file} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(description).encode()).hexdigest()
 
 
 def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None, workers=0):
@@ -265,8 +293,14 @@ def _resized(images, size):
         return images
     height, width = images.shape[1:3]
     scale = max(size[0] / height, size[1] / width)
-    images = TF.resize(images.permute(0, 3, 1, 2), [round(height * scale), round(width * scale)], antialias=True)
-    return TF.center_crop(images, list(size)).permute(0, 2, 3, 1).contiguous()
+    covering = [max(side, round(old * scale)) for side, old in zip(size, (height, width))]
+    top, left = ((old - side) // 2 for side, old in zip(size, covering))
+    resized = []
+    for batch in images.split(1024):  # as float32, four times the memory
+        batch = F.interpolate(batch.permute(0, 3, 1, 2).float(), covering, mode="bicubic", antialias=True)
+        batch = batch.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        resized.append(batch[:, top:top + size[0], left:left + size[1]])
+    return torch.cat(resized).contiguous()
 
 
 # --- folders of image files

@@ -86,7 +86,7 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def ms_ssim_weights(height, width):
-    """Exponents of the scales that fit: the published five from 161 pixels on, else fewer, renormalised to the same sum.
+    """Exponents of the scales that fit: the published five from 161 pixels on, else fewer, of the same sum.
 
     Raises:
         ValueError: fewer than two scales fit (a side of 20 pixels or less).

@@ -1,4 +1,4 @@
-"""The networks: the vector quantizer and the VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937)."""
+"""The networks: the vector quantizer, the VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937) and its prior."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -168,6 +168,13 @@ class VectorQuantizedVAE(nn.Module):
         self.apply(_initialise)
 
     @classmethod
+    def rebuild(cls, checkpoint):
+        """The model of a checkpoint of vqvae.py, on the CPU, in eval mode."""
+        model = cls(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["model"])
+        return model.eval()
+
+    @classmethod
     def check_size(cls, size):
         """Raise ValueError unless both sides (H, W) divide by the downsampling."""
         if any(side % cls.downsample for side in size):
@@ -193,3 +200,159 @@ class VectorQuantizedVAE(nn.Module):
         z_e = self.encoder(x)
         z_q_st, z_q = self.codebook.straight_through(z_e)
         return self.decoder(z_q_st), z_e, z_q
+
+
+class GatedMaskedConv2d(nn.Module):
+    """One layer of the gated PixelCNN: a vertical stack that sees the rows above, a horizontal one the row's left.
+
+    Args:
+        mask_type: "A" does not see the current row (vertical) or position (horizontal), "B" does.
+        dim: width. kernel: odd width of the receptive field. residual: add the horizontal input to its output.
+        n_classes: number of classes that condition the gates, 0 for none.
+    """
+
+    def __init__(self, mask_type, dim, kernel, residual=True, n_classes=10):
+        super().__init__()
+        self.reach, self.hidden, self.residual = kernel // 2, int(mask_type == "A"), residual
+        self.class_cond_embedding = nn.Embedding(n_classes, 2 * dim) if n_classes else None
+        self.vert_stack = nn.Conv2d(dim, dim * 2, (kernel // 2 + 1, kernel), padding=(kernel // 2, kernel // 2))
+        self.vert_to_horiz = nn.Conv2d(2 * dim, 2 * dim, 1)
+        self.horiz_stack = nn.Conv2d(dim, dim * 2, (1, kernel // 2 + 1), padding=(0, kernel // 2))
+        self.horiz_resid = nn.Conv2d(dim, dim, 1)
+
+    # What a mask hides is sliced off the weights, so that it is neither computed nor ever changed.
+
+    def vertical(self, above):
+        """(B, dim, rows + reach - hidden, W), the rows above first -> (B, 2 dim, rows, W)."""
+        weight = self.vert_stack.weight[:, :, :-1] if self.hidden else self.vert_stack.weight
+        return F.conv2d(above, weight, self.vert_stack.bias, padding=(0, self.reach))
+
+    def horizontal(self, left):
+        """(B, dim, H, columns + reach - hidden), those to the left first -> (B, 2 dim, H, columns)."""
+        weight = self.horiz_stack.weight[..., :-1] if self.hidden else self.horiz_stack.weight
+        return F.conv2d(left, weight, self.horiz_stack.bias)
+
+    def condition(self, label):
+        """(B, 2 dim, 1, 1) what the class adds to the gates; a single 0 without classes."""
+        if self.class_cond_embedding is None:
+            return self.vert_stack.bias.new_zeros(())
+        return self.class_cond_embedding(label)[:, :, None, None]
+
+    def join(self, v_to_h, h, x_h, condition):
+        """Horizontal output (B, dim, H, W) from the two stacks' features (B, 2 dim, H, W) and the layer's input."""
+        out = self.horiz_resid(_gate(v_to_h + h, condition))
+        return out + x_h if self.residual else out
+
+    def forward(self, x_v, x_h, label):
+        condition = self.condition(label)
+        v = self.vertical(F.pad(x_v, (0, 0, self.reach, -self.hidden)))
+        h = self.horizontal(F.pad(x_h, (self.reach, -self.hidden)))
+        return _gate(v, condition), self.join(self.vert_to_horiz(v), h, x_h, condition)
+
+
+def _gate(x, condition):
+    tanh, sigmoid = (x + condition.to(x.dtype)).chunk(2, dim=1)  # in the precision of autocast, not the embedding's
+    return torch.tanh(tanh) * torch.sigmoid(sigmoid)
+
+
+class GatedPixelCNN(nn.Module):
+    """Autoregressive prior over grids of latents (van den Oord et al. 2016, arXiv 1606.05328).
+
+    Keys and arguments of the public pytorch-vqvae project; right on grids of any height and width.
+
+    Args:
+        input_dim: number of codes K. dim: width. n_layers: depth. n_classes: 0 for an unconditional prior.
+    """
+
+    def __init__(self, input_dim=256, dim=64, n_layers=15, n_classes=10):
+        super().__init__()
+        self.n_classes = n_classes
+        self.embedding = nn.Embedding(input_dim, dim)
+        self.layers = nn.ModuleList(
+            GatedMaskedConv2d("B" if i else "A", dim, 3 if i else 7, residual=i > 0, n_classes=n_classes)
+            for i in range(n_layers))
+        self.output_conv = nn.Sequential(nn.Conv2d(dim, 512, 1), nn.ReLU(True), nn.Conv2d(512, input_dim, 1))
+        self.apply(_initialise)
+
+    def _check(self, label):
+        if (label is None) != (self.n_classes == 0):
+            raise ValueError(f"this prior has {self.n_classes} classes: labels are "
+                             f"{'needed' if self.n_classes else 'of no use'}")
+        if label is not None and not ((label >= 0) & (label < self.n_classes)).all():
+            raise ValueError(f"labels must lie in 0...{self.n_classes - 1}, got {label.tolist()}")
+
+    def forward(self, latents, label=None):
+        """Logits (B, K, h, w) of every position of latents (B, h, w) int64, each given those above and to its left.
+
+        label (B,) int64, None for an unconditional prior. Raises ValueError where it is missing or superfluous.
+        """
+        if (label is None) != (self.n_classes == 0):
+            self._check(label)
+        x_v = x_h = self.embedding(latents).permute(0, 3, 1, 2)  # (B, dim, h, w)
+        for layer in self.layers:
+            x_v, x_h = layer(x_v, x_h, label)
+        return self.output_conv(x_h)
+
+    @torch.no_grad()
+    def generate(self, label=None, shape=(8, 8), batch_size=64, temperature=1., top_k=None, generator=None):
+        """Sample latents (batch_size, *shape) int64, each position once: what is computed for it is kept.
+
+        For a row, every layer's vertical stack; for a position, every layer's horizontal stack at that position.
+        Equal to drawing each position from a full forward, given the same generator.
+
+        Args:
+            label: (batch_size,) int64, None for an unconditional prior.
+            temperature: divides the logits. top_k: draw from the k most probable codes only.
+            generator: torch.Generator on the CPU; None uses the global one.
+        Raises:
+            ValueError: label out of range, of another length, missing or superfluous; temperature or top_k below 0.
+        """
+        self._check(label)
+        if label is not None and len(label) != batch_size:
+            raise ValueError(f"{len(label)} labels for {batch_size} samples")
+        (height, width), weight = shape, self.embedding.weight
+        conditions = [layer.condition(label) for layer in self.layers]
+        # Inputs of each layer's two stacks so far, behind the zeros beyond the border: of all rows, of this row.
+        rows = [weight.new_zeros(batch_size, weight.shape[1], layer.reach + height, width) for layer in self.layers]
+        latents = torch.zeros(batch_size, height, width, dtype=torch.int64, device=weight.device)
+        for i in range(height):
+            v_to_h = []
+            for depth, (layer, condition) in enumerate(zip(self.layers, conditions)):
+                v = layer.vertical(rows[depth][:, :, i:i + layer.reach + 1 - layer.hidden])  # (B, 2 dim, 1, w)
+                v_to_h.append(layer.vert_to_horiz(v))
+                if depth + 1 < len(self.layers):
+                    below = rows[depth + 1]
+                    below[:, :, self.layers[depth + 1].reach + i] = _gate(v, condition).squeeze(2)
+            row = [weight.new_zeros(batch_size, weight.shape[1], 1, layer.reach + width) for layer in self.layers]
+            for j in range(width):
+                x_h = torch.zeros_like(row[0][..., :1])  # the position itself, which the first layer does not see
+                for layer, condition, left, above in zip(self.layers, conditions, row, v_to_h):
+                    left[..., layer.reach + j] = x_h.squeeze(3)
+                    h = layer.horizontal(left[..., j:j + layer.reach + 1 - layer.hidden])  # (B, 2 dim, 1, 1)
+                    x_h = layer.join(above[..., j:j + 1], h, x_h, condition)
+                latents[:, i, j] = draw(self.output_conv(x_h)[:, :, 0, 0], temperature, top_k, generator)
+                row[0][..., self.layers[0].reach + j] = self.embedding(latents[:, i, j]).unsqueeze(2)
+            rows[0][:, :, self.layers[0].reach + i] = self.embedding(latents[:, i]).transpose(1, 2)
+        return latents
+
+
+def cross_entropy(logits, latents, reduction="mean"):
+    """Nats a latent of logits (B, K, h, w) for latents (B, h, w), in float32; "sum" for their total."""
+    rows = logits.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, K), in memory as it is where logits are channels_last
+    return F.cross_entropy(rows, latents.flatten(), reduction=reduction)
+
+
+def draw(logits, temperature=1., top_k=None, generator=None):
+    """One code (B,) int64 for each row of logits (B, K), by inverting the cumulative distribution.
+
+    Takes one uniform number a row from the generator, so that nearly equal logits draw equal codes.
+    """
+    if not temperature > 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"temperature and top-k must be positive, got {temperature} and {top_k}")
+    logits = logits.double() / temperature
+    if top_k is not None and top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    cumulative = logits.softmax(1).cumsum(1)
+    uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator).to(logits.device)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1).clamp(
+        max=logits.shape[1] - 1)

@@ -1,6 +1,5 @@
 """What a person looks at: tables in the terminal and pictures of images side by side."""
 import torch
-from torchvision.utils import make_grid, save_image
 
 LEAST_SIDE = 96  # pixels; smaller images are enlarged by a whole factor, each pixel a square
 
@@ -14,7 +13,8 @@ def markdown_table(header, rows):
 
 
 def image_rows(rows):
-    """One picture (3 or 1, H', W') in [0, 1] of rows of images, each row (N, C, H, W) in [0, 1]."""
+    """One picture (3, H', W') in [0, 1] of rows of images, each row (N, C, H, W) in [0, 1]; the last may be shorter."""
+    from torchvision.utils import make_grid  # here, because it takes more than a second to import
     images = torch.cat([row.float().cpu() for row in rows])
     factor = -(-LEAST_SIDE // min(images.shape[2:]))
     images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
@@ -23,5 +23,6 @@ def image_rows(rows):
 
 def save_picture(path, rows):
     """Save rows of images (N, C, H, W) in [0, 1] as a PNG."""
+    from torchvision.utils import save_image
     save_image(image_rows(rows), path)
     return path

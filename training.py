@@ -22,7 +22,7 @@ from datasets import DATASETS, Source
 
 # What may change between a run and its resumption: all other flags define the run.
 FREE_ARGS = {"num_epochs", "num_workers", "device", "resume", "overwrite", "log_every", "compile", "data_folder",
-             "no_download"}
+             "no_download", "model", "sample", "label", "temperature", "top_k", "sample_every"}
 
 
 # --- flags
@@ -102,7 +102,8 @@ def cli(main):
         main()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).strip().splitlines() or [type(error).__name__]
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {message[-1]}")
+        print(f"{Path(sys.argv[0]).name}: error: {message[-1]}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -167,9 +168,9 @@ class Run:
     """
 
     def __init__(self, kind, args, device):
+        self.kind, self.args, self.device = kind, args, device
         job = os.environ.get("SLURM_JOB_ID")
         name = args.output_folder + (f"-{job}" if job else "")
-        self.kind, self.args, self.device = kind, args, device
         self.models, self.logs = Path("models") / name, Path("logs") / name
         self.epoch = self.batch = self.step = 0
         self.seconds, self.best, self.contents = 0., None, dict
@@ -267,6 +268,11 @@ class Run:
     def show(self, **values):
         """Values beside the progress bar."""
         self._bar.set_postfix({name: f"{value.item():.4g}" for name, value in values.items()}, refresh=False)
+
+    def print_epoch(self, values, improved):
+        """One line of validation values."""
+        print(f"epoch {self.epoch + 1}/{self.args.num_epochs}  " + "  ".join(
+            f"{name} {value:.4g}" for name, value in values.items()) + ("  best" if improved else ""), flush=True)
 
     def save(self, name):
         counters = {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds}

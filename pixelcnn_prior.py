@@ -1,0 +1,254 @@
+"""Train a PixelCNN prior on the latents of a VQ-VAE, and sample images from it."""
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import datasets
+import metrics
+import report
+import training
+from datasets import SPLITS, LatentBatches, Source
+from modules import GatedPixelCNN, VectorQuantizedVAE, cross_entropy
+
+COLUMNS, MOST_ROWS = 10, 10  # of a picture of samples: a row is a class
+ENCODE_BATCH = 256
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    group = parser.add_argument_group("VQ-VAE: known from its checkpoint, an error where it says otherwise")
+    group.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py, say models/vqvae/best.pt")
+    group.add_argument("--dataset", choices=datasets.DATASETS)
+    group.add_argument("--hidden-size-vae", type=training.positive_int)
+    group.add_argument("--k", type=training.positive_int)
+    group = parser.add_argument_group("prior")
+    group.add_argument("--hidden-size-prior", type=training.positive_int, default=64, help="(default %(default)s)")
+    group.add_argument("--num-layers", type=training.positive_int, default=15, help="(default %(default)s)")
+    training.add_arguments(parser, output_folder="prior", lr=3e-4)
+    parser.set_defaults(data_folder=None)
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sample", type=training.positive_int, metavar="N",
+                       help="draw N images from the trained prior in the output folder, and train nothing")
+    group.add_argument("--label", type=int, help="class of the images (default all in turn)")
+    group.add_argument("--temperature", type=training.positive, default=1., help="of the draw (default %(default)s)")
+    group.add_argument("--top-k", type=training.positive_int, help="draw from the most probable codes only")
+    group.add_argument("--sample-every", type=training.positive_int, default=5, metavar="EPOCHS",
+                       help="a grid of samples for the curves (default %(default)s)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device = training.pick_device(args.device)
+    found = checkpoint.load(args.model, "vqvae")
+    vqvae = VectorQuantizedVAE.rebuild(found).to(device, memory_format=torch.channels_last)
+    source = inherit(args, found)
+    classes, size = found["data"]["classes"], found["data"]["size"]
+    shape = tuple(side // vqvae.downsample for side in size)
+    if args.label is not None and not 0 <= args.label < len(classes):
+        raise ValueError(f"--label {args.label} is out of range: " + (
+            f"the classes are 0...{len(classes) - 1}" if classes else "this data set has no classes"))
+    if args.sample:
+        return sample(args, vqvae, classes, shape, device)
+
+    run = training.Run("prior", args, device)
+    autocast = training.autocast(device, args.precision)
+    latents = cached_latents(run.models / "latents.pt", args, found, source, vqvae, device)
+    train, valid, test = split_latents(latents, args, device)
+    torch.manual_seed(args.seed)
+    model_args = {"input_dim": found["model_args"]["K"], "dim": args.hidden_size_prior, "n_layers": args.num_layers,
+                  "n_classes": len(classes)}
+    model = GatedPixelCNN(**model_args).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != "mps")
+
+    # Resume.
+    digest = checkpoint.digest(args.model)
+    run.contents = lambda: {"model_args": model_args, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                            "data": found["data"], "vqvae": {"path": args.model, "digest": digest}}
+    if run.resumed:
+        check_vqvae(run.resumed, args.model)
+        model.load_state_dict(run.resumed["model"])
+        optimizer.load_state_dict(run.resumed["optimizer"])
+        checkpoint.set_random_state(run.resumed["random"])
+    if args.compile:
+        model.compile()
+
+    total_steps = args.num_epochs * len(train)
+    for epoch in run.epochs():
+        model.train()
+        for codes, label in run.batches(train):
+            training.schedule_lr(optimizer, args, run.step, total_steps)
+            with autocast():
+                logits = model(codes, label if classes else None)  # (B, K, h, w)
+
+            # Each code given those above and to its left, and the class.
+            loss = cross_entropy(logits, codes)
+            run.check_finite(loss, {"cross-entropy": loss})
+
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+            if run.log_now():
+                run.log({"loss/train/nats_per_latent": loss, "lr": optimizer.param_groups[0]["lr"]})
+                run.show(nats=loss)
+
+        values = code_length(model, valid, classes, found["data"], autocast)
+        improved = run.improved(values["nats_per_latent"], larger_is_better=False)
+        run.log({f"valid/{name}": value for name, value in values.items()})
+        if (epoch + 1) % args.sample_every == 0 or epoch + 1 == args.num_epochs:
+            images = draw_images(model, vqvae, grid_labels(classes, device), shape, args)
+            run.writer.add_image("samples", report.image_rows(images.split(COLUMNS)), run.step)
+        run.print_epoch(values, improved)
+
+    # The best epoch, once, on the test split, and what it draws beside what uniform codes give.
+    model.load_state_dict(checkpoint.load(run.models / "best.pt", "prior")["model"])
+    values = code_length(model, test, classes, found["data"], autocast)
+    usage = metrics.codebook_usage(torch.bincount(test.images.flatten().long(), minlength=model_args["input_dim"]))
+    labels = grid_labels(classes, device)
+    picture = save_samples(run.models / "samples.png", draw_images(model, vqvae, labels, shape, args))
+    uniform = torch.randint(model_args["input_dim"], (MOST_ROWS * COLUMNS, *shape), device=device)
+    chance = save_samples(run.models / "samples_uniform.png", decode(vqvae, uniform))
+    results = run.finish(vars(args), values | usage)
+    names = ("nats_per_latent", "bits_per_latent", "bits_per_dim", "perplexity")
+    print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in names]))
+    print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
+          f"samples{', a row a class' if classes else ''}: {picture}\nfrom uniform codes: {chance}\n"
+          f"curves: tensorboard --logdir {run.logs}")
+
+
+def inherit(args, found):
+    """Take from the VQ-VAE's checkpoint what the flags leave open; ValueError where they contradict it."""
+    known = {"dataset": found["data"]["name"], "k": found["model_args"]["K"],
+             "hidden_size_vae": found["model_args"]["dim"]}
+    for name, value in known.items():
+        given = getattr(args, name)
+        if given is not None and given != value:
+            raise ValueError(f"--{name.replace('_', '-')} {given} contradicts {args.model}, which has {value}: "
+                             "leave the flag out")
+        setattr(args, name, value)
+    args.data_folder = args.data_folder or found["args"]["data_folder"]
+    args.skip_broken = args.skip_broken or found["args"]["skip_broken"]
+    return Source(args.data_folder, tuple(found["data"]["size"]), not args.no_download, args.skip_broken)
+
+
+def check_vqvae(prior, path):
+    """ValueError where a prior was trained on the codes of another VQ-VAE."""
+    if prior["vqvae"]["digest"] != checkpoint.digest(path):
+        raise ValueError(f"this prior was trained on the codes of {prior['vqvae']['path']} as it was then, and "
+                         f"{path} is another VQ-VAE: pass that one, or train a prior for this one")
+
+
+# --- latents
+
+def cached_latents(path, args, found, source, vqvae, device):
+    """{split: (latents (N, h, w), labels (N,))}, read from `path`, or encoded once and kept there.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    key = f"{checkpoint.digest(args.model)} {datasets.fingerprint(args.dataset, source)}"
+    if path.exists():
+        try:
+            kept = checkpoint.load(path, "latents")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: delete it, and the images are encoded anew") from error
+        if kept["key"] == key:
+            return kept["splits"]
+    data = datasets.load(args.dataset, source, ENCODE_BATCH, device, workers=args.num_workers)
+    if data.classes != found["data"]["classes"]:
+        raise ValueError(f"--data-folder {args.data_folder} has the classes {data.classes}, but the VQ-VAE was trained "
+                         f"with {found['data']['classes']}")
+    vqvae.eval()
+    splits = {}
+    with torch.no_grad():
+        for split in SPLITS:
+            batches = getattr(data, split)
+            batches.shuffle = False
+            encoded = [(vqvae.encode(x).to(torch.int32).cpu(), label.cpu()) for x, label in batches]
+            splits[split] = tuple(map(torch.cat, zip(*encoded)))
+    checkpoint.save(path, "latents", {"key": key, "splits": splits})
+    return splits
+
+
+def split_latents(splits, args, device):
+    """Train, valid and test batches of latents; splits with classes that train lacks are carved from train."""
+    latents, labels = splits["train"]
+    known = set(labels.tolist())
+    if any(not set(splits[split][1].tolist()) <= known for split in ("valid", "test")):
+        print("valid and test have classes that train lacks: both are carved from train, a tenth each")
+        tenth = max(1, len(labels) // 10)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(datasets.SPLIT_SEED))
+        parts = dict(zip(("valid", "test", "train"), order.split([tenth, tenth, len(labels) - 2 * tenth])))
+        splits = {split: (latents[part], labels[part]) for split, part in parts.items()}
+    latents, labels = splits["train"]
+    splits = splits | {"train": (latents[:args.limit], labels[:args.limit])}
+    return (LatentBatches(*splits[split], args.batch_size, device, shuffle=split == "train", seed=args.seed)
+            for split in SPLITS)
+
+
+@torch.no_grad()
+def code_length(model, batches, classes, data, autocast):
+    """What the prior needs to code a latent (nats, bits) and, spread over it, a dimension of an image (bits)."""
+    model.eval()
+    nats = latents = 0
+    for codes, label in batches:
+        with autocast():
+            logits = model(codes, label if classes else None)
+        nats += float(cross_entropy(logits, codes, reduction="sum"))
+        latents += codes.numel()
+    model.train()
+    bits = nats / latents / math.log(2)
+    dimensions = data["channels"] * math.prod(data["size"])
+    return {"nats_per_latent": nats / latents, "bits_per_latent": bits,
+            "bits_per_dim": bits * codes[0].numel() / dimensions}
+
+
+# --- samples
+
+def grid_labels(classes, device):
+    """Labels of a picture of samples, `COLUMNS` of each of the first classes; a number of images without classes."""
+    if not classes:
+        return MOST_ROWS * COLUMNS
+    return torch.arange(min(len(classes), MOST_ROWS), device=device).repeat_interleave(COLUMNS)
+
+
+def draw_images(model, vqvae, labels, shape, args):
+    """Images (N, C, H, W) in [0, 1] from the prior, of `labels` (N,) or as many as the number `labels` says."""
+    unconditional = isinstance(labels, int)
+    generator = torch.Generator().manual_seed(args.seed)
+    latents = model.generate(None if unconditional else labels, shape, labels if unconditional else len(labels),
+                             args.temperature, args.top_k, generator)
+    return decode(vqvae, latents)
+
+
+@torch.no_grad()
+def decode(vqvae, latents):
+    return metrics.as_8bit(torch.cat([vqvae.eval().decode(part) for part in latents.split(ENCODE_BATCH)]))
+
+
+def save_samples(path, images):
+    return report.save_picture(path, images.split(COLUMNS))
+
+
+def sample(args, vqvae, classes, shape, device):
+    """Draw images from the prior in the output folder and save them as one picture."""
+    folder = Path("models") / args.output_folder
+    found = checkpoint.load(folder / "best.pt", "prior")
+    check_vqvae(found, args.model)
+    model = GatedPixelCNN(**found["model_args"])
+    model.load_state_dict(found["model"])
+    model.to(device).eval()
+    labels = args.sample
+    if classes:
+        labels = torch.arange(args.sample, device=device) % len(classes)
+        labels = torch.full_like(labels, args.label) if args.label is not None else labels.sort().values
+    path = folder / ("sample.png" if args.label is None else f"sample-{args.label}.png")
+    print(f"samples: {save_samples(path, draw_images(model, vqvae, labels, shape, args))}")
+
+
+if __name__ == "__main__":
+    training.cli(main)

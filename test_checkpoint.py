@@ -1,0 +1,68 @@
+"""Files are written whole or not at all, and read safely."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+
+
+class Payload:
+    """An object that would run a command if it were unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("false",)
+
+
+def test_round_trip(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", "vqvae", {"model": {"w": torch.arange(3)}, "args": {"k": 512, "size": [28, 28]}})
+    found = checkpoint.load(tmp_path / "a.pt", "vqvae")
+    assert torch.equal(found["model"]["w"], torch.arange(3)) and found["args"] == {"k": 512, "size": [28, 28]}
+
+
+def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "a.pt", "vqvae", {"value": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left.*kept"):
+        checkpoint.save(tmp_path / "a.pt", "vqvae", {"value": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "a.pt", "vqvae")["value"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:len(data) // 2], lambda data: b"nothing"])
+def test_missing_damaged_or_foreign_files(tmp_path, damage):
+    path = tmp_path / "a.pt"
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        checkpoint.load(path, "vqvae")
+    checkpoint.save(path, "vqvae", {"value": 1})
+    with pytest.raises(ValueError, match="checkpoint of a vqvae, not of a prior"):
+        checkpoint.load(path, "prior")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(path, "vqvae")
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    torch.save({"kind": "vqvae", "payload": Payload()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="damaged or is no checkpoint"):
+        checkpoint.load(tmp_path / "a.pt", "vqvae")
+
+
+def test_digest_names_the_content(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"a"), two.write_bytes(b"a")
+    assert checkpoint.digest(one) == checkpoint.digest(two)
+    Path(two).write_bytes(b"b")
+    assert checkpoint.digest(one) != checkpoint.digest(two)
+
+
+def test_random_state_goes_on_where_it_was():
+    state = checkpoint.random_state()
+    drawn = torch.rand(3)
+    checkpoint.set_random_state(state)
+    assert torch.equal(torch.rand(3), drawn)

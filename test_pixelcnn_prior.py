@@ -1,0 +1,236 @@
+"""The prior: causality, sampling, its script, and what it says of bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import checkpoint
+from modules import GatedPixelCNN, draw
+
+HERE = Path(__file__).parent
+FIXTURE = HERE / "test_fixtures" / "upstream_compat.pt"
+
+
+def prior(n_classes=0, n_layers=4, codes=20, dim=8, seed=0):
+    torch.manual_seed(seed)
+    return GatedPixelCNN(codes, dim, n_layers, n_classes).eval()
+
+
+def test_public_checkpoints_load_and_give_the_same_logits():
+    upstream = torch.load(FIXTURE, weights_only=True)
+    model = GatedPixelCNN(**upstream["prior_args"])
+    model.load_state_dict(upstream["prior_state"])
+    with torch.no_grad():
+        logits = model(upstream["latents"], upstream["labels"])
+    torch.testing.assert_close(logits, upstream["logits"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (6, 2)])
+def test_logits_depend_on_earlier_positions_alone_and_on_all_of_them(shape):
+    height, width = shape
+    model = prior(n_layers=7).double()
+    latents = torch.randint(20, (1, height, width))
+    inputs = model.embedding(latents).detach().requires_grad_()
+    model.embedding = torch.nn.Identity()
+    jacobian = torch.autograd.functional.jacobian(lambda e: model(e).sum(1).flatten(), inputs)  # (hw, 1, h, w, dim)
+    depends = jacobian.abs().sum((1, 4)).view(height * width, height * width) > 0
+    earlier = torch.ones_like(depends).tril(-1)
+    assert not (depends & ~earlier).any()
+    assert torch.equal(depends, earlier)  # small enough a grid that nothing is out of reach
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (5, 3)])
+@pytest.mark.parametrize("n_classes", [0, 3])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 5}])
+def test_cached_sampling_is_naive_sampling(shape, n_classes, options):
+    model, label = prior(n_classes), torch.tensor([0, 1, 2, 1, 0]) if n_classes else None
+    cached = model.generate(label, shape, 5, generator=torch.Generator().manual_seed(1), **options)
+    generator, naive = torch.Generator().manual_seed(1), torch.zeros(5, *shape, dtype=torch.int64)
+    with torch.no_grad():
+        for i in range(shape[0]):
+            for j in range(shape[1]):
+                naive[:, i, j] = draw(model(naive, label)[:, :, i, j], generator=generator, **options)
+    assert torch.equal(cached, naive) and len(naive.unique()) > 3
+
+
+def test_draw_follows_the_distribution_and_its_options():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(20000, 4)
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.bincount(draw(logits, generator=generator), minlength=4) / 20000
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.02, rtol=0)
+    assert set(draw(logits, top_k=2, generator=generator).tolist()) == {2, 3}
+    assert (draw(logits, temperature=0.01, generator=generator) == 3).all()
+    for options in ({"temperature": 0.}, {"top_k": 0}):
+        with pytest.raises(ValueError):
+            draw(logits, **options)
+
+
+def test_masks_survive_an_optimizer_step_and_forward_changes_no_weight():
+    model = prior()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer, latents = torch.optim.Adam(model.parameters(), lr=0.1), torch.randint(20, (2, 4, 5))
+    loss = F.cross_entropy(model(latents), latents)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    loss.backward()
+    optimizer.step()
+    changed = latents.clone()
+    changed[:, 2, 3] = (changed[:, 2, 3] + 1) % 20
+    one, two = model(latents).flatten(2), model(changed).flatten(2)
+    assert torch.equal(one[:, :, :14], two[:, :, :14]) and not torch.equal(one[:, :, 14:], two[:, :, 14:])
+    assert torch.equal(model.layers[0].vert_stack.weight[:, :, -1], before["layers.0.vert_stack.weight"][:, :, -1])
+
+
+def test_overfits_a_few_grids_and_samples_them_back():
+    torch.manual_seed(0)
+    model, label = GatedPixelCNN(10, 16, 4, 3), torch.arange(3)
+    grids = torch.randint(10, (3, 4, 5))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(300):
+        loss = F.cross_entropy(model(grids, label), grids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.01
+    assert torch.equal(model.generate(label, (4, 5), 3), grids)
+
+
+def test_labels_are_checked():
+    with pytest.raises(ValueError, match="out of|must lie in"):
+        prior(3).generate(torch.tensor([3]), (2, 2), 1)
+    with pytest.raises(ValueError, match="needed"):
+        prior(3)(torch.zeros(1, 2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="of no use"):
+        prior(0).generate(torch.tensor([0]), (2, 2), 1)
+    with pytest.raises(ValueError, match="1 labels for 2"):
+        prior(3).generate(torch.tensor([0]), (2, 2), 2)
+
+
+# --- the script
+
+SMALL = ["--hidden-size-prior", "8", "--num-layers", "3", "--batch-size", "8", "--lr", "3e-3", "--device", "cpu"]
+
+
+def script(folder, name, *flags):
+    done = subprocess.run([sys.executable, str(HERE / name), *flags], cwd=folder, capture_output=True, text=True,
+                          timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def train(folder, *flags):
+    return script(folder, "pixelcnn_prior.py", "--model", "models/vqvae/best.pt", *SMALL, *flags)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory with 90 images 12x16 of three classes, and a VQ-VAE of them."""
+    path, random = tmp_path_factory.mktemp("prior"), np.random.default_rng(0)
+    for i in range(90):
+        pixels = random.integers(0, 60, (12, 16, 3)) + 80 * (np.arange(3) == i % 3)
+        (path / "images" / "abc"[i % 3]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path / "images" / "abc"[i % 3] / f"{i}.png")
+    vqvae = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
+             "--num-epochs", "3", "--lr", "1e-3", "--device", "cpu")
+    for name in ("vqvae", "other"):
+        code, _, err = script(path, "vqvae.py", *vqvae, "--output-folder", name, "--seed", str(len(name)))
+        assert code == 0, err
+    return path
+
+
+def test_a_run_leaves_its_table_pictures_and_latents_and_samples(folder):
+    code, out, err = train(folder, "--num-epochs", "3", "--sample-every", "2")
+    assert code == 0, err
+    models = folder / "models" / "prior"
+    results = json.loads((models / "results.json").read_text())
+    assert 0 < results["nats_per_latent"] < np.log(16) and results["perplexity"] > 1
+    assert results["bits_per_latent"] == pytest.approx(results["nats_per_latent"] / np.log(2))
+    assert results["bits_per_dim"] == pytest.approx(results["bits_per_latent"] * 12 / (3 * 12 * 16))
+    assert "samples, a row a class" in out
+    rows = Image.open(models / "samples.png").size[1] / Image.open(models / "samples_uniform.png").size[1]
+    assert rows == pytest.approx(3 / 10, abs=0.02)
+
+    kept = os.stat(models / "latents.pt").st_mtime_ns
+    assert train(folder, "--num-epochs", "4", "--resume")[0] == 0
+    assert os.stat(models / "latents.pt").st_mtime_ns == kept
+    code, out, err = train(folder, "--sample", "7", "--label", "2", "--temperature", "0.9", "--top-k", "5")
+    assert code == 0 and (models / "sample-2.png").exists(), err
+
+    for flags, message in (
+            (("--sample", "4", "--label", "3"), "0...2"), (("--k", "32"), "contradicts"),
+            (("--dataset", "mnist"), "contradicts"), (("--hidden-size-vae", "16"), "contradicts"),
+            (("--sample", "4", "--model", "models/other/best.pt"), "another VQ-VAE"),
+            (("--num-epochs", "9", "--resume", "--model", "models/other/best.pt"), "another VQ-VAE"),
+            (("--model", "nowhere.pt"), "no checkpoint at nowhere.pt"),
+            (("--model", "models/prior/best.pt"), "checkpoint of a prior"),
+            (("--sample", "4", "--output-folder", "untrained"), "no checkpoint at")):
+        code, _, err = train(folder, *flags)
+        assert code != 0 and message in err and len(err.strip().splitlines()) == 1, (flags, err)
+
+
+def test_latents_are_encoded_again_when_the_vqvae_or_the_data_changes(folder):
+    flags = ("--num-epochs", "1", "--output-folder", "cache", "--overwrite")
+    path = folder / "models" / "cache" / "latents.pt"
+    keys, contents = [], []
+    for change in ((), (), ("--model", "models/other/best.pt"), None):
+        if change is None:
+            os.utime(folder / "images" / "a" / "0.png", ns=(0, 1))
+        code, _, err = train(folder, *flags, *(change or ()))
+        assert code == 0, err
+        kept = checkpoint.load(path, "latents")
+        keys.append(kept["key"]), contents.append(kept["splits"]["train"][0])
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+    assert torch.equal(contents[0], contents[3]) and not torch.equal(contents[0], contents[2])
+    path.write_bytes(b"corrupt")
+    code, _, err = train(folder, *flags)
+    assert code != 0 and "latents.pt is damaged: delete it" in err
+
+
+def test_killed_and_resumed_equals_uninterrupted(folder):
+    flags = ("--num-epochs", "5")
+    assert train(folder, *flags, "--output-folder", "whole")[0] == 0
+    command = [sys.executable, str(HERE / "pixelcnn_prior.py"), "--model", "models/vqvae/best.pt", *SMALL, *flags]
+    process = subprocess.Popen([*command, "--output-folder", "cut"], cwd=folder, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert train(folder, *flags, "--output-folder", "cut", "--resume")[0] == 0
+    one, two = (checkpoint.load(folder / "models" / run / "last.pt", "prior")["model"] for run in ("whole", "cut"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_splits_without_the_training_classes_are_carved_from_train(folder, capsys):
+    import argparse
+
+    import pixelcnn_prior
+    grids = torch.arange(40).view(40, 1, 1)
+    splits = {"train": (grids, torch.arange(40) % 4), "valid": (grids[:4], torch.full((4,), 4)),
+              "test": (grids[:4], torch.full((4,), 5))}
+    args = argparse.Namespace(batch_size=8, seed=0, limit=None)
+    parts = [set(batches.images.flatten().tolist()) for batches in pixelcnn_prior.split_latents(splits, args, "cpu")]
+    assert "carved from train" in capsys.readouterr().out
+    assert [len(part) for part in parts] == [32, 4, 4] and len(set.union(*parts)) == 40
+
+
+def test_a_prior_without_classes_trains_unconditionally(folder):
+    flat = folder / "flat"
+    flat.mkdir()
+    for path in (folder / "images").rglob("*.png"):
+        os.link(path, flat / path.name)
+    flags = ("--dataset", "folder", "--data-folder", "flat", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
+             "--num-epochs", "1", "--output-folder", "flat", "--device", "cpu")
+    assert script(folder, "vqvae.py", *flags)[0] == 0
+    flags = ("--model", "models/flat/best.pt", "--output-folder", "flat-prior", *SMALL)
+    code, _, err = script(folder, "pixelcnn_prior.py", *flags, "--num-epochs", "1")
+    assert code == 0, err
+    assert script(folder, "pixelcnn_prior.py", *flags, "--sample", "3")[0] == 0
+    code, _, err = script(folder, "pixelcnn_prior.py", *flags, "--sample", "3", "--label", "0")
+    assert code != 0 and "no classes" in err

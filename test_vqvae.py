@@ -1,0 +1,201 @@
+"""The training script through its real command line: what it writes, how it goes on, and what it says of bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint
+from losses import TERMS
+
+HERE = Path(__file__).parent
+SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
+         "--lr", "1e-3", "--log-every", "2", "--device", "cpu", "--flip"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A working directory with a folder of 60 images 16x16."""
+    (tmp_path / "images").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(60):
+        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((16, 16), Image.Resampling.BICUBIC).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path
+
+
+def start(folder, *flags, **environment):
+    return subprocess.Popen([sys.executable, str(HERE / "vqvae.py"), *SMALL, *flags], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment)
+
+
+def run(folder, *flags, **environment):
+    process = start(folder, *flags, **environment)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def weights(folder, name="last.pt", run="vqvae"):
+    return checkpoint.load(folder / "models" / run / name, "vqvae")
+
+
+def equal(one, two):
+    """Whether two checkpoints hold the same, time aside."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one if key != "seconds")
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return torch.equal(one, two) if torch.is_tensor(one) else one == two
+
+
+def test_a_run_leaves_its_table_picture_curves_and_checkpoints(folder):
+    code, out, err = run(folder, "--num-epochs", "2", "--mse-weight", "1", "--ssim-weight", "0.5")
+    assert code == 0, err
+    models = folder / "models" / "vqvae"
+    results, args = (json.loads((models / name).read_text()) for name in ("results.json", "args.json"))
+    assert all(name in out for name in ("psnr", "ssim", "gradient_ratio", "perplexity", "tensorboard --logdir"))
+    assert results["steps"] == 12 and results["epochs"] == 2 and 5 < results["psnr"] < 40
+    assert results["ms_per_step"] > 0 and results["peak_memory_mb"] > 0 and args["ssim_weight"] == 0.5
+    assert Image.open(models / "reconstructions.png").size[1] > 2 * 96
+
+    events = EventAccumulator(str(folder / "logs" / "vqvae"), size_guidance={"images": 0})
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss/train/reconstruction", "loss/train/quantization", "loss/test/reconstruction",
+            "loss/test/quantization", "loss/valid/reconstruction", "valid/psnr"} <= tags
+    assert {f"term/{term}/{kind}" for term in ("mse", "ssim") for kind in ("raw", "weighted", "gradient_norm")} <= tags
+    assert set(events.Tags()["images"]) == {"original", "reconstruction"}
+    raw, weighted = (events.Scalars(f"term/ssim/{kind}")[-1].value for kind in ("raw", "weighted"))
+    assert weighted == pytest.approx(0.5 * raw, rel=1e-5)
+    best = weights(folder, "best.pt")
+    assert best["data"]["size"] == [16, 16] and best["loss"]["weights"] == {"mse": 1., "ssim": 0.5}
+
+
+def test_training_learns(folder):
+    code, out, err = run(folder, "--num-epochs", "40", "--precision", "fp32", "--beta", "0.25")
+    assert code == 0, err
+    psnr = [float(line.split("psnr ")[1].split()[0]) for line in out.splitlines() if line.startswith("epoch")]
+    assert len(psnr) == 40 and max(psnr) > psnr[0] + 1
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_trains_alone(folder, term):
+    size = "24" if term == "ms-ssim" else "16"
+    flags = ("--mse-weight", "0", f"--{term}-weight", "1", "--image-size", size, "--num-epochs", "1")
+    code, out, err = run(folder, *flags)
+    assert code == 0, err
+    assert weights(folder)["loss"]["weights"] == {term: 1.}
+    assert ("2 scales" in out) == (term == "ms-ssim")
+
+
+@pytest.mark.parametrize("flags", [
+    ("--codebook", "gradient", "--precision", "fp32"), ("--ssim-weight", "1", "--balance", "gradient")])
+def test_killed_and_resumed_is_bit_for_bit_uninterrupted(folder, flags):
+    flags = (*flags, "--num-epochs", "6", "--seed", "3")
+    assert run(folder, *flags, "--output-folder", "whole")[0] == 0
+
+    process = start(folder, *flags, "--output-folder", "cut")
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 1 <= weights(folder, run="cut")["counters"]["epoch"] < 6
+    code, out, err = run(folder, *flags, "--output-folder", "cut", "--resume")
+    assert code == 0 and "resuming" in out, err
+    for name in ("last.pt", "best.pt"):
+        one, two = (weights(folder, name, run) for run in ("whole", "cut"))
+        assert equal({k: v for k, v in one.items() if k != "args"}, {k: v for k, v in two.items() if k != "args"})
+    one, two = (json.loads((folder / "models" / run / "results.json").read_text()) for run in ("whole", "cut"))
+    assert one["psnr"] == two["psnr"] and one["perplexity"] == two["perplexity"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_an_epoch_saves_there_and_resumes_to_the_same(folder, number):
+    flags = ("--num-epochs", "40", "--precision", "fp32")
+    process = start(folder, *flags, "--output-folder", "cut")
+    for line in process.stdout:
+        if line.startswith("epoch 3/"):
+            break
+    time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "go on with --resume" in err and "Traceback" not in err
+    counters = weights(folder, run="cut")["counters"]
+    assert counters["step"] == counters["epoch"] * 6 + counters["batch"] < 240
+    assert run(folder, *flags, "--output-folder", "cut", "--resume")[0] == 0
+    assert run(folder, *flags, "--output-folder", "whole")[0] == 0
+    assert equal(weights(folder, run="cut")["model"], weights(folder, run="whole")["model"])
+
+
+def test_a_finished_run_is_refused_resumed_or_overwritten(folder):
+    assert run(folder, "--num-epochs", "1")[0] == 0
+    before = weights(folder)
+    code, _, err = run(folder, "--num-epochs", "1")
+    assert code != 0 and "--resume" in err and "--overwrite" in err and equal(before, weights(folder))
+    code, _, err = run(folder, "--num-epochs", "1", "--resume", "--k", "32")
+    assert code != 0 and "k 16, now it is 32" in err
+    assert run(folder, "--num-epochs", "2", "--resume")[0] == 0 and weights(folder)["counters"]["epoch"] == 2
+    assert run(folder, "--num-epochs", "1", "--overwrite")[0] == 0 and weights(folder)["counters"]["epoch"] == 1
+
+
+def test_slurm_job_id_names_the_run(folder):
+    assert run(folder, "--num-epochs", "1", SLURM_JOB_ID="42")[0] == 0
+    assert (folder / "models/vqvae-42/best.pt").exists() and (folder / "logs/vqvae-42").is_dir()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(folder):
+    code, _, err = run(folder, "--num-epochs", "3", "--lr", "1e30", "--precision", "fp32")
+    assert code != 0 and "not finite at step" in err and len(err.strip().splitlines()) == 1
+    assert all(torch.isfinite(value).all() for value in weights(folder)["model"].values())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--mse-weight", "-1"), "--mse-weight"), (("--ssim-weight", "nan"), "--ssim-weight"),
+    (("--l1-weight", "inf"), "--l1-weight"), (("--mse-weight", "0"), "all loss weights are zero"),
+    (("--data-folder", "nowhere"), "nowhere does not exist"), (("--data-folder", "empty"), "no images under"),
+    (("--image-size", "18"), "--image-size 16x16"), (("--image-size", "8", "--ssim-weight", "1"), "at least 11"),
+    (("--image-size", "20", "--ms-ssim-weight", "1"), "two scales"), (("--batch-size", "0"), "--batch-size"),
+    (("--lr", "0"), "--lr"), (("--device", "warp"), "--device warp"),
+    (("--dataset", "cifar10", "--no-download"), "--no-download forbids"), (("--restart-below", "2"), "[0, 1)")])
+def test_bad_input_is_one_clear_line_and_leaves_nothing(folder, flags, message):
+    (folder / "empty").mkdir()
+    code, _, err = run(folder, "--num-epochs", "1", *flags)
+    assert code != 0 and message in err.strip().splitlines()[-1] and "Traceback" not in err
+    assert not (folder / "models").exists() and not (folder / "logs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device")
+def test_cuda_where_there_is_none_is_an_error(folder):
+    code, _, err = run(folder, "--device", "cuda")
+    assert code != 0 and "--device cuda is not to be had here" in err
+
+
+def test_a_broken_image_and_a_damaged_checkpoint(folder):
+    (folder / "images" / "7.png").write_bytes(b"not an image")
+    code, _, err = run(folder, "--num-epochs", "1")
+    assert code != 0 and "7.png does not decode" in err and len(err.strip().splitlines()) == 1
+    code, out, _ = run(folder, "--num-epochs", "1", "--skip-broken")
+    assert code == 0 and "skipped 1 broken" in out
+    (folder / "models/vqvae/last.pt").write_bytes(b"damaged")
+    code, _, err = run(folder, "--num-epochs", "2", "--skip-broken", "--resume")
+    assert code != 0 and "last.pt is damaged" in err
+
+
+def test_streaming_from_disk_trains_as_from_memory(folder):
+    script = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import datasets, training, vqvae; "
+              "datasets.IN_MEMORY_BYTES = 0; training.cli(vqvae.main)")
+    flags = [*SMALL, "--num-epochs", "2", "--num-workers", "1", "--precision", "fp32"]
+    done = subprocess.run([sys.executable, "-c", script, *flags, "--output-folder", "streamed"], cwd=folder,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert run(folder, *flags[len(SMALL):], "--output-folder", "memory")[0] == 0
+    assert equal(weights(folder, run="streamed")["model"], weights(folder, run="memory")["model"])
