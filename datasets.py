@@ -105,9 +105,10 @@ class Batches:
                 batch = batch.to(self.device)
                 yield self.images[batch], self.labels[batch]
             return
+        # A generator of its own: the loader seeds its workers from it, and training's must not notice.
         loader = torch.utils.data.DataLoader(self.images, batch_sampler=[batch.tolist() for batch in batches],
                                              collate_fn=_stack_decoded, num_workers=self.workers,
-                                             pin_memory=self.device.type == "cuda")
+                                             pin_memory=self.device.type == "cuda", generator=torch.Generator())
         for batch, (images, kept) in zip(batches, loader):
             self.skipped += len(batch) - len(kept)
             if len(kept):

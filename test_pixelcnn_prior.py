@@ -1,9 +1,8 @@
 """The prior: causality, sampling, its script, and what it says of bad input."""
+import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import checkpoint
+import pixelcnn_prior
+from conftest import call, start, stop_after
 from modules import GatedPixelCNN, draw
 
-HERE = Path(__file__).parent
-FIXTURE = HERE / "test_fixtures" / "upstream_compat.pt"
+FIXTURE = Path(__file__).parent / "test_fixtures" / "upstream_compat.pt"
 
 
 def prior(n_classes=0, n_layers=4, codes=20, dim=8, seed=0):
@@ -118,14 +118,8 @@ def test_labels_are_checked():
 SMALL = ["--hidden-size-prior", "8", "--num-layers", "3", "--batch-size", "8", "--lr", "3e-3", "--device", "cpu"]
 
 
-def script(folder, name, *flags):
-    done = subprocess.run([sys.executable, str(HERE / name), *flags], cwd=folder, capture_output=True, text=True,
-                          timeout=120)
-    return done.returncode, done.stdout, done.stderr
-
-
 def train(folder, *flags):
-    return script(folder, "pixelcnn_prior.py", "--model", "models/vqvae/best.pt", *SMALL, *flags)
+    return call(folder, "pixelcnn_prior.py", "--model", "models/vqvae/best.pt", *SMALL, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +132,8 @@ def folder(tmp_path_factory):
         Image.fromarray(pixels.astype(np.uint8)).save(path / "images" / "abc"[i % 3] / f"{i}.png")
     vqvae = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
              "--num-epochs", "3", "--lr", "1e-3", "--device", "cpu")
-    for name in ("vqvae", "other"):
-        code, _, err = script(path, "vqvae.py", *vqvae, "--output-folder", name, "--seed", str(len(name)))
+    for name in ("vqvae", "other1"):
+        code, _, err = call(path, "vqvae.py", *vqvae, "--output-folder", name, "--seed", len(name))
         assert code == 0, err
     return path
 
@@ -165,8 +159,8 @@ def test_a_run_leaves_its_table_pictures_and_latents_and_samples(folder):
     for flags, message in (
             (("--sample", "4", "--label", "3"), "0...2"), (("--k", "32"), "contradicts"),
             (("--dataset", "mnist"), "contradicts"), (("--hidden-size-vae", "16"), "contradicts"),
-            (("--sample", "4", "--model", "models/other/best.pt"), "another VQ-VAE"),
-            (("--num-epochs", "9", "--resume", "--model", "models/other/best.pt"), "another VQ-VAE"),
+            (("--sample", "4", "--model", "models/other1/best.pt"), "another VQ-VAE"),
+            (("--num-epochs", "9", "--resume", "--model", "models/other1/best.pt"), "another VQ-VAE"),
             (("--model", "nowhere.pt"), "no checkpoint at nowhere.pt"),
             (("--model", "models/prior/best.pt"), "checkpoint of a prior"),
             (("--sample", "4", "--output-folder", "untrained"), "no checkpoint at")):
@@ -178,7 +172,7 @@ def test_latents_are_encoded_again_when_the_vqvae_or_the_data_changes(folder):
     flags = ("--num-epochs", "1", "--output-folder", "cache", "--overwrite")
     path = folder / "models" / "cache" / "latents.pt"
     keys, contents = [], []
-    for change in ((), (), ("--model", "models/other/best.pt"), None):
+    for change in ((), (), ("--model", "models/other1/best.pt"), None):
         if change is None:
             os.utime(folder / "images" / "a" / "0.png", ns=(0, 1))
         code, _, err = train(folder, *flags, *(change or ()))
@@ -195,22 +189,15 @@ def test_latents_are_encoded_again_when_the_vqvae_or_the_data_changes(folder):
 def test_killed_and_resumed_equals_uninterrupted(folder):
     flags = ("--num-epochs", "5")
     assert train(folder, *flags, "--output-folder", "whole")[0] == 0
-    command = [sys.executable, str(HERE / "pixelcnn_prior.py"), "--model", "models/vqvae/best.pt", *SMALL, *flags]
-    process = subprocess.Popen([*command, "--output-folder", "cut"], cwd=folder, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 2/"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process = start(folder, "pixelcnn_prior.py", "--model", "models/vqvae/best.pt", *SMALL, *flags,
+                    "--output-folder", "cut")
+    stop_after(process, "epoch 2/", signal.SIGKILL)
     assert train(folder, *flags, "--output-folder", "cut", "--resume")[0] == 0
     one, two = (checkpoint.load(folder / "models" / run / "last.pt", "prior")["model"] for run in ("whole", "cut"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_splits_without_the_training_classes_are_carved_from_train(folder, capsys):
-    import argparse
-
-    import pixelcnn_prior
     grids = torch.arange(40).view(40, 1, 1)
     splits = {"train": (grids, torch.arange(40) % 4), "valid": (grids[:4], torch.full((4,), 4)),
               "test": (grids[:4], torch.full((4,), 5))}
@@ -227,10 +214,10 @@ def test_a_prior_without_classes_trains_unconditionally(folder):
         os.link(path, flat / path.name)
     flags = ("--dataset", "folder", "--data-folder", "flat", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
              "--num-epochs", "1", "--output-folder", "flat", "--device", "cpu")
-    assert script(folder, "vqvae.py", *flags)[0] == 0
+    assert call(folder, "vqvae.py", *flags)[0] == 0
     flags = ("--model", "models/flat/best.pt", "--output-folder", "flat-prior", *SMALL)
-    code, _, err = script(folder, "pixelcnn_prior.py", *flags, "--num-epochs", "1")
+    code, _, err = call(folder, "pixelcnn_prior.py", *flags, "--num-epochs", "1")
     assert code == 0, err
-    assert script(folder, "pixelcnn_prior.py", *flags, "--sample", "3")[0] == 0
-    code, _, err = script(folder, "pixelcnn_prior.py", *flags, "--sample", "3", "--label", "0")
+    assert call(folder, "pixelcnn_prior.py", *flags, "--sample", "3")[0] == 0
+    code, _, err = call(folder, "pixelcnn_prior.py", *flags, "--sample", "3", "--label", "0")
     assert code != 0 and "no classes" in err

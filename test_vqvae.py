@@ -1,11 +1,6 @@
 """The training script through its real command line: what it writes, how it goes on, and what it says of bad input."""
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,33 +9,27 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
+import datasets
+from conftest import call, start, stop_after
 from losses import TERMS
 
-HERE = Path(__file__).parent
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
          "--lr", "1e-3", "--log-every", "2", "--device", "cpu", "--flip"]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A working directory with a folder of 60 images 16x16."""
+    """A working directory with a folder of 60 images 16x16, of two colours each."""
     (tmp_path / "images").mkdir()
     random = np.random.default_rng(0)
     for i in range(60):
-        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize((16, 16), Image.Resampling.BICUBIC).save(tmp_path / "images" / f"{i}.png")
+        halves = Image.fromarray(random.choice([20, 120, 220], (1, 2, 3)).astype(np.uint8))
+        halves.resize((16, 16), Image.Resampling.BICUBIC).save(tmp_path / "images" / f"{i}.png")
     return tmp_path
 
 
-def start(folder, *flags, **environment):
-    return subprocess.Popen([sys.executable, str(HERE / "vqvae.py"), *SMALL, *flags], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment)
-
-
 def run(folder, *flags, **environment):
-    process = start(folder, *flags, **environment)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    return call(folder, "vqvae.py", *SMALL, *flags, **environment)
 
 
 def weights(folder, name="last.pt", run="vqvae"):
@@ -102,12 +91,7 @@ def test_killed_and_resumed_is_bit_for_bit_uninterrupted(folder, flags):
     flags = (*flags, "--num-epochs", "6", "--seed", "3")
     assert run(folder, *flags, "--output-folder", "whole")[0] == 0
 
-    process = start(folder, *flags, "--output-folder", "cut")
-    for line in process.stdout:
-        if line.startswith("epoch 2/"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    stop_after(start(folder, "vqvae.py", *SMALL, *flags, "--output-folder", "cut"), "epoch 2/", signal.SIGKILL)
     assert 1 <= weights(folder, run="cut")["counters"]["epoch"] < 6
     code, out, err = run(folder, *flags, "--output-folder", "cut", "--resume")
     assert code == 0 and "resuming" in out, err
@@ -120,17 +104,12 @@ def test_killed_and_resumed_is_bit_for_bit_uninterrupted(folder, flags):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_an_epoch_saves_there_and_resumes_to_the_same(folder, number):
-    flags = ("--num-epochs", "40", "--precision", "fp32")
-    process = start(folder, *flags, "--output-folder", "cut")
-    for line in process.stdout:
-        if line.startswith("epoch 3/"):
-            break
-    time.sleep(0.05)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    flags = ("--num-epochs", "60", "--precision", "fp32")
+    process = start(folder, "vqvae.py", *SMALL, *flags, "--output-folder", "cut")
+    _, err = stop_after(process, "epoch 3/", number)
     assert process.returncode == 128 + number and "go on with --resume" in err and "Traceback" not in err
     counters = weights(folder, run="cut")["counters"]
-    assert counters["step"] == counters["epoch"] * 6 + counters["batch"] < 240
+    assert counters["step"] == counters["epoch"] * 6 + counters["batch"] < 360
     assert run(folder, *flags, "--output-folder", "cut", "--resume")[0] == 0
     assert run(folder, *flags, "--output-folder", "whole")[0] == 0
     assert equal(weights(folder, run="cut")["model"], weights(folder, run="whole")["model"])
@@ -190,12 +169,16 @@ def test_a_broken_image_and_a_damaged_checkpoint(folder):
     assert code != 0 and "last.pt is damaged" in err
 
 
-def test_streaming_from_disk_trains_as_from_memory(folder):
-    script = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import datasets, training, vqvae; "
-              "datasets.IN_MEMORY_BYTES = 0; training.cli(vqvae.main)")
-    flags = [*SMALL, "--num-epochs", "2", "--num-workers", "1", "--precision", "fp32"]
-    done = subprocess.run([sys.executable, "-c", script, *flags, "--output-folder", "streamed"], cwd=folder,
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert run(folder, *flags[len(SMALL):], "--output-folder", "memory")[0] == 0
+def test_streaming_from_disk_trains_as_from_memory(folder, monkeypatch):
+    flags = ("--num-epochs", "2", "--num-workers", "1", "--precision", "fp32", "--output-folder")
+    assert run(folder, *flags, "memory")[0] == 0
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    assert run(folder, *flags, "streamed")[0] == 0
     assert equal(weights(folder, run="streamed")["model"], weights(folder, run="memory")["model"])
+
+
+def test_an_error_of_the_process_itself_is_one_line_and_a_status(folder):
+    process = start(folder, "vqvae.py", *SMALL, "--data-folder", "nowhere")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == ""
+    assert err == "vqvae.py: error: --data-folder nowhere does not exist or is no folder\n"

@@ -1,0 +1,49 @@
+"""How tests run the scripts."""
+import importlib
+import io
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+import training
+
+HERE = Path(__file__).parent
+
+
+def call(folder, script, *flags, **environment):
+    """Run a script's command line in a folder, within this process: exit status, stdout, stderr."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out, \
+            redirect_stderr(io.StringIO()) as err:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            training.cli(importlib.import_module(script.removesuffix(".py")).main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return code, out.getvalue(), err.getvalue()
+
+
+def start(folder, script, *flags):
+    """Start a script as a process of its own, to be killed."""
+    return subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def stop_after(process, line_start, number):
+    """Send a signal once a line of output starts so; returns what was left of stdout, and stderr."""
+    for line in process.stdout:
+        if line.startswith(line_start):
+            break
+    process.send_signal(number)
+    return process.communicate(timeout=60)
