@@ -17,23 +17,27 @@ import report
 import training
 from datasets import Source, load
 from losses import TERMS, ReconstructionLoss
-from modules import VectorQuantizedVAE
+from modules import GatedPixelCNN, VectorQuantizedVAE, cross_entropy, draw
 
 HIDDEN, CODES, BATCH, SIDE = 256, 512, 128, 32  # the default model on CIFAR-sized images
 
 
 def alternate(callables, repeats):
-    """{label: median seconds} of calls made in turn, after one of each to warm up."""
+    """{label: median seconds} of calls made in turn, after one of each to warm up.
+
+    A callable may come as (callable, times): one share of a longer whole, whose seconds are multiplied.
+    """
+    shares = {label: call if isinstance(call, tuple) else (call, 1) for label, call in callables.items()}
     seconds = {label: [] for label in callables}
     for repeat in range(repeats + 1):
-        for label, call in callables.items():
+        for label, (call, _) in shares.items():
             start = time.perf_counter()
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if repeat:
                 seconds[label].append(time.perf_counter() - start)
-    return {label: statistics.median(values) for label, values in seconds.items()}
+    return {label: shares[label][1] * statistics.median(values) for label, values in seconds.items()}
 
 
 # --- one step of training, images included
@@ -107,7 +111,59 @@ def loss_terms(device):
         name: differentiate(term) for name, term in TERMS.items()}
 
 
-SUBJECTS = {"training-step": training_step, "loss-terms": loss_terms}
+# --- the prior
+
+def prior_step(device):
+    """Update of the default prior on a batch of 8x8 latents: an epoch is as many of them."""
+    codes, label = torch.randint(CODES, (BATCH, 8, 8), device=device), torch.randint(10, (BATCH,), device=device)
+    x = next(iter(_photos(device)))[0].contiguous()
+    vqvae, autocast = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval(), training.autocast(device, "auto")
+    plain, ours = GatedPixelCNN(CODES).to(device), GatedPixelCNN(CODES).to(device, memory_format=torch.channels_last)
+    plain_optimizer = torch.optim.Adam(plain.parameters())
+    our_optimizer = torch.optim.Adam(ours.parameters(), fused=True)
+
+    def plain_step():
+        with torch.no_grad():
+            latents = vqvae.encode(x)
+        loss = F.cross_entropy(plain(latents, label).permute(0, 2, 3, 1).reshape(-1, CODES), latents.flatten())
+        plain_optimizer.zero_grad()
+        loss.backward()
+        plain_optimizer.step()
+
+    def our_step():
+        with autocast():
+            logits = ours(codes, label)
+        loss = cross_entropy(logits, codes)
+        our_optimizer.zero_grad()
+        loss.backward()
+        our_optimizer.step()
+    return {"encode the batch, plain float32 prior": plain_step, "pixelcnn_prior.py, cached latents": our_step}
+
+
+def _sampling(count, side, forwards):
+    def subject(device):
+        model = GatedPixelCNN(CODES).to(device).eval()
+        latents, label = torch.zeros(count, side, side, dtype=torch.int64, device=device), torch.zeros(
+            count, dtype=torch.int64, device=device)
+
+        @torch.no_grad()
+        def naive():
+            for position in range(forwards):
+                row, column = divmod(position, side)
+                latents[:, row, column] = draw(model(latents, label)[:, :, row, column])
+        return {"a full forward a position": (naive, side * side / forwards),
+                "generate": lambda: model.generate(label, (side, side), count)}
+    subject.__doc__ = f"Sample {count} grids of {side}x{side}; the naive loop is timed on {forwards} of its positions."
+    return subject
+
+
+SUBJECTS = {
+    "training-step": training_step,
+    "loss-terms": loss_terms,
+    "prior-step": prior_step,
+    "sampling-8x8": _sampling(64, 8, 8),
+    "sampling-32x32": _sampling(16, 32, 2),
+}
 
 
 def main():

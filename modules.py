@@ -113,6 +113,17 @@ class VQEmbedding(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+class Rebuilt:
+    """A network that a checkpoint holds all of."""
+
+    @classmethod
+    def rebuild(cls, checkpoint):
+        """The network of a checkpoint's contents, on the CPU, in eval mode."""
+        model = cls(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["model"])
+        return model.eval()
+
+
 class ResBlock(nn.Module):
     """x -> ReLU(x) + f(ReLU(x)): the skip path carries ReLU(x), as where the published block works in place."""
 
@@ -132,7 +143,7 @@ class ResBlock(nn.Module):
         return x + self.block(x)
 
 
-class VectorQuantizedVAE(nn.Module):
+class VectorQuantizedVAE(Rebuilt, nn.Module):
     """Convolutional VQ-VAE that reduces each side by 4; keys and arguments of the public pytorch-vqvae project.
 
     Args:
@@ -166,13 +177,6 @@ class VectorQuantizedVAE(nn.Module):
             nn.Tanh(),
         )
         self.apply(_initialise)
-
-    @classmethod
-    def rebuild(cls, checkpoint):
-        """The model of a checkpoint of vqvae.py, on the CPU, in eval mode."""
-        model = cls(**checkpoint["model_args"])
-        model.load_state_dict(checkpoint["model"])
-        return model.eval()
 
     @classmethod
     def check_size(cls, size):
@@ -255,7 +259,7 @@ def _gate(x, condition):
     return torch.tanh(tanh) * torch.sigmoid(sigmoid)
 
 
-class GatedPixelCNN(nn.Module):
+class GatedPixelCNN(Rebuilt, nn.Module):
     """Autoregressive prior over grids of latents (van den Oord et al. 2016, arXiv 1606.05328).
 
     Keys and arguments of the public pytorch-vqvae project; right on grids of any height and width.

@@ -69,7 +69,7 @@ def main():
     run.contents = lambda: {"model_args": model_args, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                             "data": found["data"], "vqvae": {"path": args.model, "digest": digest}}
     if run.resumed:
-        check_vqvae(run.resumed, args.model)
+        checkpoint.check_vqvae(run.resumed, args.model)
         model.load_state_dict(run.resumed["model"])
         optimizer.load_state_dict(run.resumed["optimizer"])
         checkpoint.set_random_state(run.resumed["random"])
@@ -133,13 +133,6 @@ def inherit(args, found):
     args.data_folder = args.data_folder or found["args"]["data_folder"]
     args.skip_broken = args.skip_broken or found["args"]["skip_broken"]
     return Source(args.data_folder, tuple(found["data"]["size"]), not args.no_download, args.skip_broken)
-
-
-def check_vqvae(prior, path):
-    """ValueError where a prior was trained on the codes of another VQ-VAE."""
-    if prior["vqvae"]["digest"] != checkpoint.digest(path):
-        raise ValueError(f"this prior was trained on the codes of {prior['vqvae']['path']} as it was then, and "
-                         f"{path} is another VQ-VAE: pass that one, or train a prior for this one")
 
 
 # --- latents
@@ -238,10 +231,8 @@ def sample(args, vqvae, classes, shape, device):
     """Draw images from the prior in the output folder and save them as one picture."""
     folder = Path("models") / args.output_folder
     found = checkpoint.load(folder / "best.pt", "prior")
-    check_vqvae(found, args.model)
-    model = GatedPixelCNN(**found["model_args"])
-    model.load_state_dict(found["model"])
-    model.to(device).eval()
+    checkpoint.check_vqvae(found, args.model)
+    model = GatedPixelCNN.rebuild(found).to(device)
     labels = args.sample
     if classes:
         labels = torch.arange(args.sample, device=device) % len(classes)
