@@ -79,6 +79,14 @@ def save_json(path, values):
     write_atomic(path, (json.dumps(values, indent=2, default=str) + "\n").encode())
 
 
+def load_json(path):
+    """Read a JSON file. ValueError where it is damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it or run again") from error
+
+
 def random_state():
     """State of every generator that training draws from."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}

@@ -87,32 +87,51 @@ def codebook_usage(counts):
 
 
 @torch.no_grad()
-def evaluate(model, loader, criterion=None, autocast=nullcontext):
-    """Mean of every metric over the images of a split, with the model in eval mode.
+def per_image(model, loader, criterion=None, autocast=nullcontext, see=None):
+    """Every metric of every image of a split, with the model in eval mode.
 
     Args:
         model: a `VectorQuantizedVAE`. loader: yields x (B, C, H, W) in [-1, 1] and labels.
-        criterion: a `ReconstructionLoss`, for `loss` on top (no metric: it depends on the training).
+        criterion: a `ReconstructionLoss`, for `loss` on top (no metric: it depends on the training), a batch's mean
+            standing for each of its images.
         autocast: makes the context of the forward pass.
+        see: called with each batch of reconstructions and originals (B, C, H, W) in [0, 1].
     Returns:
-        dict of floats: `IMAGE_METRICS`, color_bias_0... by channel, quantization (mean squared distance of z_e to its
-        code), those of `codebook_usage`, and `loss` where a criterion is given.
+        dict of (N,) float64: `IMAGE_METRICS`, color_bias_0... by channel, quantization (mean squared distance of z_e
+        to its code), `loss` where a criterion is given; and counts (K,), how often each code was chosen.
     """
     was_training = model.training
     model.eval()
-    sums, counts, images = {}, 0, 0
+    columns, counts = [], 0
     for x, _ in loader:
         with autocast():
             x_tilde, z_e, z_q = model(x)
             latents = model.codebook(z_e)
         counts = counts + torch.bincount(latents.flatten(), minlength=model.codebook.embedding.num_embeddings)
         a, b = as_8bit(x_tilde), as_8bit(x)
-        values = {name: metric(a, b).double().sum() for name, metric in IMAGE_METRICS.items()}
-        values |= {f"color_bias_{i}": bias for i, bias in enumerate(color_bias(a, b).double().sum(0))}
-        values["quantization"] = (z_e.float() - z_q).square().mean().double() * len(x)
+        values = {name: metric(a, b) for name, metric in IMAGE_METRICS.items()}
+        values |= {f"color_bias_{i}": bias for i, bias in enumerate(color_bias(a, b).unbind(1))}
+        values["quantization"] = (z_e.float() - z_q).square().mean((1, 2, 3))
         if criterion:
-            values["loss"] = criterion(x_tilde, x)[0].double() * len(x)
-        sums = {name: sums.get(name, 0) + value for name, value in values.items()}
-        images += len(x)
+            values["loss"] = criterion(x_tilde, x)[0].expand(len(x))
+        columns.append({name: value.double() for name, value in values.items()})
+        if see:
+            see(a, b)
     model.train(was_training)
-    return {name: float(value / images) for name, value in sums.items()} | codebook_usage(counts)
+    return {name: torch.cat([column[name] for column in columns]) for name in columns[0]}, counts
+
+
+def evaluate(model, loader, criterion=None, autocast=nullcontext):
+    """Means over a split of what `per_image` measures, and `codebook_usage`: a dict of floats."""
+    values, counts = per_image(model, loader, criterion, autocast)
+    return {name: float(value.mean()) for name, value in values.items()} | codebook_usage(counts)
+
+
+def bootstrap_interval(values, resamples=1000, seed=0):
+    """(low, high): 95% percentile bootstrap interval of the mean of values (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    values = values.cpu()
+    means = torch.stack([values[torch.randint(len(values), (len(values),), generator=generator)].mean()
+                         for _ in range(resamples)])
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return low, high

@@ -1,4 +1,4 @@
-"""The networks: the vector quantizer, the VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937) and its prior."""
+"""The networks: vector quantizer, VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937), prior and discriminator."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -360,3 +360,35 @@ def draw(logits, temperature=1., top_k=None, generator=None):
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator).to(logits.device)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1).clamp(
         max=logits.shape[1] - 1)
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches of an image real or made (Isola et al. 2017, arXiv 1611.07004).
+
+    Args:
+        input_dim: channels C. dim: width of the first layer. n_layers: halvings of each side.
+    """
+
+    def __init__(self, input_dim, dim=64, n_layers=2):
+        super().__init__()
+        layers, width = [nn.Conv2d(input_dim, dim, 4, 2, 1), nn.LeakyReLU(0.2, True)], dim
+        for i in range(1, n_layers + 1):
+            wider, stride = dim * min(2 ** i, 8), 2 if i < n_layers else 1
+            layers += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), nn.BatchNorm2d(wider),
+                       nn.LeakyReLU(0.2, True)]
+            width = wider
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0., 0.02)
+
+    @staticmethod
+    def check_size(size, n_layers):
+        """Raise ValueError where images (H, W) are too small for so many halvings."""
+        if min(size) // 2 ** n_layers < 3:
+            raise ValueError(f"images of {size[0]}x{size[1]} are too small for a discriminator of {n_layers} halvings: "
+                             "pass a smaller --disc-layers or a larger --image-size")
+
+    def forward(self, x):
+        """Logits (B, 1, h, w) of the patches of images x (B, C, H, W) in [-1, 1]: positive is real."""
+        return self.layers(x)

@@ -12,17 +12,17 @@ def markdown_table(header, rows):
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def image_rows(rows):
+def image_rows(rows, least_side=LEAST_SIDE):
     """One picture (3, H', W') in [0, 1] of rows of images, each row (N, C, H, W) in [0, 1]; the last may be shorter."""
     from torchvision.utils import make_grid  # here, because it takes more than a second to import
     images = torch.cat([row.float().cpu() for row in rows])
-    factor = -(-LEAST_SIDE // min(images.shape[2:]))
+    factor = -(-least_side // min(images.shape[2:]))
     images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     return make_grid(images, nrow=len(rows[0]), padding=4, pad_value=1.)
 
 
-def save_picture(path, rows):
-    """Save rows of images (N, C, H, W) in [0, 1] as a PNG."""
+def save_picture(path, rows, least_side=LEAST_SIDE):
+    """Save rows of images (N, C, H, W) in [0, 1] as a PNG; images smaller than `least_side` are enlarged."""
     from torchvision.utils import save_image
-    save_image(image_rows(rows), path)
+    save_image(image_rows(rows, least_side), path)
     return path

@@ -1,0 +1,102 @@
+"""Reconstruct image files of any size with a trained VQ-VAE: originals beside their reconstructions."""
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import metrics
+import report
+import training
+from datasets import BrokenImage, decode, find_images
+from modules import VectorQuantizedVAE
+
+MARGIN = 64  # pixels around a tile that are computed and thrown away: more than a code sees or reaches
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py")
+    parser.add_argument("images", nargs="+", metavar="PATH", help="image files, and folders of them")
+    parser.add_argument("--output", default="reconstructions", metavar="FOLDER", help="(default %(default)s)")
+    parser.add_argument("--tile", type=training.positive_int, default=1024, metavar="PIXELS",
+                        help="reconstruct larger images in tiles of this side (default %(default)s)")
+    parser.add_argument("--skip-broken", action="store_true", help="go on without files that do not decode")
+    parser.add_argument("--device", default="auto", help="(default %(default)s)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device = training.pick_device(args.device)
+    found = checkpoint.load(args.model, "vqvae")
+    model = VectorQuantizedVAE.rebuild(found).to(device, memory_format=torch.channels_last)
+    sources = list_sources(args.images)
+    rows, skipped = [], 0
+    for path, name in sources:
+        try:
+            image = open_image(path, found["data"]["channels"])
+        except BrokenImage:
+            if not args.skip_broken:
+                raise
+            skipped += 1
+            continue
+        x_tilde = metrics.as_8bit(reconstruct(model, image.to(device), args.tile)).cpu()
+        x = metrics.as_8bit(image)
+        target = (Path(args.output) / name).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        report.save_picture(target, [torch.cat([x, x_tilde])], least_side=1)
+        rows.append([str(target), f"{x.shape[2]}x{x.shape[3]}", *(
+            float(metric(x_tilde, x)) for metric in (metrics.psnr, metrics.ssim, metrics.gradient_ratio))])
+    print(report.markdown_table(["original | reconstruction", "size", "psnr", "ssim", "gradient_ratio"], rows))
+    if skipped:
+        print(f"skipped {skipped} broken images of {len(sources)}")
+
+
+def list_sources(paths):
+    """[(image file, name under the output folder)]; FileNotFoundError or ValueError where there is none."""
+    sources = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [(file, Path(path.name) / file.relative_to(path)) for file in find_images(path)]
+            if not inside:
+                raise ValueError(f"no images under {path}")
+            sources += inside
+        elif path.exists():
+            sources.append((path, Path(path.name)))
+        else:
+            raise FileNotFoundError(f"{path} does not exist")
+    return sources
+
+
+def open_image(path, channels):
+    """An image file as (1, C, H, W) in [-1, 1]; colour files become grey for a model of one channel."""
+    pixels = torch.from_numpy(decode(path)).permute(2, 0, 1).unsqueeze(0).float()
+    if channels == 1:
+        pixels = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor((0.299, 0.587, 0.114))).unsqueeze(1)
+    return pixels / 127.5 - 1
+
+
+@torch.no_grad()
+def reconstruct(model, x, tile):
+    """Reconstruction (1, C, H, W) of an image of any size: padded by its border to whole codes, tiled if large.
+
+    Tiles overlap by `MARGIN` on each side, so that the result is that of the image as a whole.
+    """
+    unit, (height, width) = model.downsample, x.shape[2:]
+    tile = max(unit, tile // unit * unit)
+    padded = F.pad(x, (0, -width % unit, 0, -height % unit), mode="replicate")
+    result = torch.empty_like(padded)
+    for top in range(0, padded.shape[2], tile):
+        for left in range(0, padded.shape[3], tile):
+            above, before = max(0, top - MARGIN), max(0, left - MARGIN)
+            part = padded[:, :, above:top + tile + MARGIN, before:left + tile + MARGIN]
+            made = model(part)[0][:, :, top - above:, left - before:]
+            target = result[:, :, top:top + tile, left:left + tile]
+            target.copy_(made[:, :, :target.shape[2], :target.shape[3]])
+    return result[:, :, :height, :width]
+
+
+if __name__ == "__main__":
+    training.cli(main)

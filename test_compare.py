@@ -1,0 +1,92 @@
+"""compare.py: mixes, sweeps that go on where they stopped, and tables."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import compare
+from conftest import call
+
+FLAGS = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",
+         "--num-epochs", "1", "--device", "cpu", "--output", "sweep")
+
+
+@pytest.mark.parametrize("text, mix, name", [
+    ("ssim", {"ssim": 1.}, "ssim"), ("mse=1,ssim=0.5", {"mse": 1., "ssim": 0.5}, "mse+0.5ssim"),
+    ("l1,ms-ssim=.25", {"l1": 1., "ms-ssim": 0.25}, "l1+0.25ms-ssim")])
+def test_mixes(text, mix, name):
+    assert compare.parse_mix(text) == mix and compare.mix_name(mix) == name
+
+
+@pytest.mark.parametrize("text", ["sharp", "mse=", "mse=-1", "mse=nan", "mse=0", "mse;ssim", "mse=1,,ssim"])
+def test_wrong_mixes_are_named(text):
+    if text == "mse=":
+        assert compare.parse_mix(text) == {"mse": 1.}
+        return
+    with pytest.raises(ValueError, match=text.split(",")[0].split("=")[0]):
+        compare.parse_mix(text)
+
+
+def test_the_reports_mixes_are_seven_terms_alone_and_with_three_weights():
+    mixes = compare.report_mixes()
+    assert len(mixes) == 28 and {"mse": 1., "haarpsi": 0.25} in mixes and {"gmsd": 1.} in mixes
+
+
+def test_differences_are_paired_students_intervals():
+    assert compare.difference([0.5]) == "+0.5"
+    assert compare.difference([0.5, -0.5, 0.1]) == "no difference"
+    # t(0.975, 2) = 4.303, sd = 0.1: 1 ± 4.303 * 0.1 / sqrt(3)
+    assert compare.difference([0.9, 1., 1.1]) == "+1 [+0.752, +1.25]"
+
+
+def test_a_sweep_trains_each_run_once_and_goes_on_where_it_stopped(tmp_path):
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(60):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    sweep = tmp_path / "models" / "sweep"
+    code, out, err = call(tmp_path, "compare.py", "--losses", "mse", "l1=1,ssim=0.5", *FLAGS)
+    assert code == 0, err
+    runs = {name: sweep / f"{name}-seed0" for name in ("mse", "l1+0.5ssim")}
+    written = {name: os.stat(run / "best.pt").st_mtime_ns for name, run in runs.items()}
+    one, two = (checkpoint.load(run / "best.pt", "vqvae") for run in runs.values())
+    assert two["loss"]["weights"] == {"l1": 1., "ssim": 0.5}
+    assert one["args"]["seed"] == two["args"]["seed"] and one["counters"]["step"] == two["counters"]["step"]
+
+    # A second sweep over more repeats nothing; a run that was cut off goes on.
+    (runs["l1+0.5ssim"] / "results.json").unlink()
+    code, out, err = call(tmp_path, "compare.py", "--losses", "l1=1,ssim=0.5", "--seeds", "2", *FLAGS)
+    assert code == 0, err
+    assert {name: os.stat(run / "best.pt").st_mtime_ns for name, run in runs.items()} == written
+    table = json.loads((sweep / "table.json").read_text())
+    assert [row["loss"] for row in table["rows"]] == ["mse", "l1+0.5ssim"] and len(table["runs"]) == 4
+    assert "±" in table["rows"][1]["psnr"] and table["rows"][0]["psnr - mse"] == "no difference"
+    assert (sweep / "table.csv").read_text().startswith("loss,psnr")
+    assert "| l1+0.5ssim" in (sweep / "table.md").read_text()
+    assert Image.open(sweep / "picture.png").size[1] > 6 * 96
+
+    code, _, err = call(tmp_path, "compare.py", "--losses", "mse", *FLAGS, "--k", "32")
+    assert code == 2 and "other flags" in err
+    code, _, err = call(tmp_path, "compare.py", "--losses", "mse", *FLAGS, "--output", "bad", "--lr", "0")
+    assert code == 2 and "--lr" in err
+    code, _, err = call(tmp_path, "compare.py", "--losses", "mse", "--seed", "3")
+    assert code == 2 and "--seed is set by this script" in err
+
+
+def test_mixes_of_a_seed_share_initial_weights_and_order(tmp_path):
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    first = {}
+    for name, flags in (("mse", ()), ("ssim", ("--ssim-weight", "1", "--mse-weight", "0"))):
+        code, _, err = call(tmp_path, "vqvae.py", *FLAGS[:-2], "--output-folder", name, "--lr", "1e-12", *flags)
+        assert code == 0, err
+        first[name] = checkpoint.load(tmp_path / "models" / name / "last.pt", "vqvae")["model"]
+    # With next to no learning rate, weights stay as they began and the codebook sees the same batches.
+    for name, value in first["mse"].items():
+        torch.testing.assert_close(value.float(), first["ssim"][name].float(), atol=1e-4, rtol=1e-3)

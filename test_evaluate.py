@@ -1,0 +1,98 @@
+"""evaluate.py and reconstruct.py through their command lines."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import metrics
+from conftest import call
+from modules import VectorQuantizedVAE
+from reconstruct import reconstruct
+
+VQVAE = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",
+         "--num-epochs", "1", "--device", "cpu", "--lr", "1e-3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory with 60 images 16x16 and two VQ-VAEs of them."""
+    path, random = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
+    (path / "images").mkdir()
+    for i in range(60):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path / "images" / f"{i}.png")
+    for name, flags in (("a", ()), ("b", ("--ssim-weight", "1"))):
+        code, _, err = call(path, "vqvae.py", *VQVAE, *flags, "--output-folder", name)
+        assert code == 0, err
+    return path
+
+
+def test_one_table_picture_and_file_of_several_models(folder):
+    code, out, err = call(folder, "evaluate.py", "--model", "models/a/best.pt", "models/b/best.pt", "--device", "cpu")
+    assert code == 0, err
+    found = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert set(found["models"]) == {"a", "b"} and found["setting"]["images"] == 6
+    assert "EfficientNet-Lite0" in out and "96x96" in out and "N = 6" in out
+    for name, figures in found["models"].items():
+        trained = json.loads((folder / "models" / name / "results.json").read_text())
+        assert figures["psnr"] == pytest.approx(trained["psnr"], abs=1e-4)
+        low, high = figures["psnr_interval"]
+        assert low <= figures["psnr"] <= high and figures["frechet_distance"] > 0
+        assert figures["ms_per_step"] == trained["ms_per_step"]
+    assert Image.open(folder / "evaluation" / "models.png").size[1] > 3 * 96
+
+
+def test_models_of_other_data_and_missing_ones_are_refused(folder):
+    assert call(folder, "vqvae.py", *VQVAE, "--image-size", "12", "--output-folder", "small")[0] == 0
+    code, _, err = call(folder, "evaluate.py", "--model", "models/a/best.pt", "models/small/best.pt")
+    assert code == 2 and "evaluate them apart" in err
+    code, _, err = call(folder, "evaluate.py", "--model", "models/nothing/best.pt")
+    assert code == 2 and "no checkpoint at" in err
+
+
+def test_bootstrap_interval_covers_the_mean_of_a_known_distribution():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = metrics.bootstrap_interval(values)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert metrics.bootstrap_interval(torch.ones(5)) == (1., 1.)
+
+
+def test_short_names_tell_models_apart():
+    assert evaluate.short_names(["models/a/best.pt", "models/b/best.pt"]) == {
+        "models/a/best.pt": "a", "models/b/best.pt": "b"}
+    assert evaluate.short_names(["a/best.pt", "a/last.pt"]) == {"a/best.pt": "a/best.pt", "a/last.pt": "a/last.pt"}
+
+
+# --- reconstruct.py
+
+@pytest.mark.parametrize("size", [(64, 64), (301, 150), (130, 333), (1, 1)])
+def test_tiles_give_what_the_whole_gives(size):
+    torch.manual_seed(0)
+    model, x = VectorQuantizedVAE(3, 8, 16).eval(), torch.rand(1, 3, *size) * 2 - 1
+    whole, tiled = reconstruct(model, x, 1024), reconstruct(model, x, 50)
+    assert whole.shape == x.shape
+    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+
+
+def test_reconstructs_files_of_every_kind(folder):
+    photos = folder / "photos"
+    photos.mkdir()
+    for mode, name in (("L", "grey.png"), ("CMYK", "cmyk.jpg"), ("RGBA", "alpha.png"), ("RGB", "odd.png")):
+        Image.new(mode, (33, 17)).save(photos / name)
+    Image.fromarray(np.full((17, 33), 30000, dtype=np.uint16)).save(photos / "16bit.png")
+    code, out, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "photos", "images/0.png")
+    assert code == 0, err
+    for name in ("photos/grey", "photos/cmyk", "photos/alpha", "photos/odd", "photos/16bit", "0"):
+        assert f"{name}.png" in out and (folder / "reconstructions" / f"{name}.png").exists()
+    picture = Image.open(folder / "reconstructions" / "photos" / "odd.png")
+    assert picture.size == (2 * 33 + 3 * 4, 17 + 2 * 4)  # original | reconstruction, in a frame of 4 pixels
+
+    (photos / "broken.png").write_bytes(b"broken")
+    code, _, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "photos")
+    assert code == 2 and "broken.png does not decode" in err
+    code, out, _ = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "photos", "--skip-broken")
+    assert code == 0 and "skipped 1 broken images of 6" in out
+    code, _, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "nowhere.png")
+    assert code == 2 and "nowhere.png does not exist" in err

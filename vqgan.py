@@ -1,0 +1,127 @@
+"""Train the same VQ-VAE the VQGAN way (Esser et al. 2020, arXiv 2012.09841): a discriminator judges its images."""
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+import autoencoder
+import training
+from modules import PatchDiscriminator
+
+DISCRIMINATOR_BETAS = (0.5, 0.9)
+EPS = 1e-4  # keeps the adaptive weight finite where the adversarial gradient vanishes
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    autoencoder.add_arguments(parser, output_folder="vqgan")
+    group = parser.add_argument_group("adversarial and perceptual loss")
+    group.add_argument("--disc-weight", type=training.not_negative, default=0.8, metavar="W",
+                       help="of the adversarial loss, on top of its adaptive weight (default %(default)s)")
+    group.add_argument("--disc-start", type=int, default=1000, metavar="STEPS",
+                       help="steps before the discriminator starts (default %(default)s)")
+    group.add_argument("--disc-cap", type=training.positive, default=1e4, metavar="C",
+                       help="largest adaptive weight (default %(default)g)")
+    group.add_argument("--disc-hidden-size", type=training.positive_int, default=64, help="(default %(default)s)")
+    group.add_argument("--disc-layers", type=training.positive_int, default=2,
+                       help="halvings by the discriminator (default %(default)s, for 32x32; the paper has 3)")
+    group.add_argument("--disc-lr", type=training.positive, help="(default --lr)")
+    group.add_argument("--perceptual-weight", type=training.not_negative, default=0., metavar="W",
+                       help="of a distance of EfficientNet-Lite0 features, pretrained (default %(default)g)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    setup = autoencoder.Setup(args)
+    model, optimizer, criterion, device = setup.model, setup.optimizer, setup.criterion, setup.device
+    PatchDiscriminator.check_size(setup.data.size, args.disc_layers)
+    with torch.random.fork_rng():  # the VQ-VAE draws the same random numbers as in vqvae.py
+        discriminator = PatchDiscriminator(setup.data.channels, args.disc_hidden_size, args.disc_layers)
+    discriminator = discriminator.to(device, memory_format=torch.channels_last)
+    disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.disc_lr or args.lr,
+                                      betas=DISCRIMINATOR_BETAS, fused=device.type != "mps")
+    perceptual = open_perceptual(device) if args.perceptual_weight else None
+    run = setup.start(discriminator=discriminator, disc_optimizer=disc_optimizer)
+    for _ in run.epochs():
+        model.train()
+        for x, _ in run.batches(setup.data.train):
+            training.schedule_lr(optimizer, args, run.step, setup.total_steps)
+            adversarial = run.step >= args.disc_start
+            with setup.autocast():
+                x_tilde, z_e, z_q = model(x)
+
+            # Reconstruction, codes towards the encoder's outputs, and those towards their codes.
+            loss_reconstruction, parts = criterion(x_tilde, x)
+            if perceptual:
+                with setup.autocast():
+                    parts["perceptual"] = perceptual(x_tilde, x)
+                loss_reconstruction = loss_reconstruction + args.perceptual_weight * parts["perceptual"]
+            loss_quantization = F.mse_loss(z_q, z_e.detach().float())
+            loss_commitment = F.mse_loss(z_e.float(), z_q.detach())
+            loss = loss_reconstruction + loss_quantization + args.beta * loss_commitment
+
+            # The decoder against the discriminator, weighted so that both pull at its last layer alike.
+            curves = {}
+            if adversarial:
+                loss_generator = generator_loss(discriminator, x_tilde, setup.autocast)
+                weight = adaptive_weight(loss_reconstruction, loss_generator, model.decoder[-2].weight, args.disc_cap)
+                loss = loss + args.disc_weight * weight * loss_generator
+                curves = {"vqgan/lambda": weight, "loss/train/generator": loss_generator}
+            run.check_finite(loss, parts)
+
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+            # The discriminator against the decoder.
+            if adversarial:
+                loss_discriminator, logits = discriminator_loss(discriminator, x, x_tilde, setup.autocast)
+                run.check_finite(loss_discriminator, {"discriminator": loss_discriminator})
+                disc_optimizer.zero_grad()
+                loss_discriminator.backward()
+                disc_optimizer.step()
+                curves |= {"loss/train/discriminator": loss_discriminator} | logits
+
+            if run.log_now():
+                run.log({"loss/train/reconstruction": loss_reconstruction, "loss/train/quantization": loss_quantization,
+                         "lr": optimizer.param_groups[0]["lr"]} | criterion.curves(parts) | curves)
+                run.show(loss=loss)
+        setup.validate()
+    setup.report()
+
+
+def generator_loss(discriminator, x_tilde, autocast):
+    """Hinge loss of the decoder, -mean D(x_tilde); its gradient reaches x_tilde and never the discriminator."""
+    discriminator.requires_grad_(False)
+    with autocast():
+        logits = discriminator(x_tilde)
+    discriminator.requires_grad_(True)
+    return -logits.float().mean()
+
+
+def discriminator_loss(discriminator, x, x_tilde, autocast):
+    """Hinge loss (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_tilde))) / 2, and {tag: mean logits}.
+
+    Its gradient reaches the discriminator and never the VQ-VAE.
+    """
+    with autocast():
+        real, made = discriminator(x).float(), discriminator(x_tilde.detach()).float()
+    loss = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
+    return loss, {"vqgan/logits_real": real.mean(), "vqgan/logits_fake": made.mean()}
+
+
+def adaptive_weight(loss_reconstruction, loss_generator, last_layer, cap):
+    """Ratio of the gradient norms of both losses at the decoder's last layer, at most `cap` (Esser et al., eq. 7)."""
+    norms = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+             for loss in (loss_reconstruction, loss_generator)]
+    return (norms[0] / (norms[1] + EPS)).clamp(max=cap).detach()
+
+
+def open_perceptual(device):
+    from features import PerceptualLoss  # here, because the feature network is no business of other runs
+    return PerceptualLoss().to(device, memory_format=torch.channels_last)
+
+
+if __name__ == "__main__":
+    training.cli(main)
