@@ -113,6 +113,23 @@ def loss_terms(device):
 
 # --- the prior
 
+def _plain_logits(model, latents, label):
+    """The ancestor's forward: masks written into the weights, rows and columns computed and cropped again."""
+    height, width = latents.shape[1:]
+    x_v = x_h = model.embedding(latents).permute(0, 3, 1, 2)
+    for layer in model.layers:
+        if layer.hidden:
+            layer.vert_stack.weight.data[:, :, -1].zero_()
+            layer.horiz_stack.weight.data[:, :, :, -1].zero_()
+        condition = layer.class_cond_embedding(label)[:, :, None, None]
+        v, h = layer.vert_stack(x_v)[:, :, :height], layer.horiz_stack(x_h)[:, :, :, :width]
+        a, b = (v + condition).chunk(2, 1)
+        c, d = (layer.vert_to_horiz(v) + h + condition).chunk(2, 1)
+        out = layer.horiz_resid(torch.tanh(c) * torch.sigmoid(d))
+        x_v, x_h = torch.tanh(a) * torch.sigmoid(b), out + x_h if layer.residual else out
+    return model.output_conv(x_h)
+
+
 def prior_step(device):
     """Update of the default prior on a batch of 8x8 latents: an epoch is as many of them."""
     codes, label = torch.randint(CODES, (BATCH, 8, 8), device=device), torch.randint(10, (BATCH,), device=device)
@@ -125,7 +142,8 @@ def prior_step(device):
     def plain_step():
         with torch.no_grad():
             latents = vqvae.encode(x)
-        loss = F.cross_entropy(plain(latents, label).permute(0, 2, 3, 1).reshape(-1, CODES), latents.flatten())
+        logits = _plain_logits(plain, latents, label)
+        loss = F.cross_entropy(logits.permute(0, 2, 3, 1).contiguous().view(-1, CODES), latents.flatten())
         plain_optimizer.zero_grad()
         loss.backward()
         plain_optimizer.step()

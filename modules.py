@@ -5,6 +5,7 @@ from torch import nn
 
 from functions import vq, vq_st
 
+_CROSS_ENTROPY_ROWS = 512
 CODEBOOK_LEARNERS = ("ema", "gradient")
 _TRIAL = 0.05  # usage, in units of uniform, that a restarted code is credited with: it has to earn the rest soon
 _LAPLACE = 1e-5  # smooths the average counts, so that a code nobody uses does not divide by zero
@@ -340,10 +341,32 @@ class GatedPixelCNN(Rebuilt, nn.Module):
         return latents
 
 
-def cross_entropy(logits, latents, reduction="mean"):
-    """Nats a latent of logits (B, K, h, w) for latents (B, h, w), in float32; "sum" for their total."""
-    rows = logits.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, K), in memory as it is where logits are channels_last
-    return F.cross_entropy(rows, latents.flatten(), reduction=reduction)
+def cross_entropy(logits, latents):
+    """Mean nats a latent of logits (B, K, h, w) for latents (B, h, w) int64, in float32 whatever the logits are."""
+    rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (N, K), in memory as it is where logits are channels_last
+    return _CrossEntropy.apply(rows, latents.flatten())
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Value and gradient in one pass over blocks of rows, which never leaves the cache."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        total, gradient = 0., torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(logits), _CROSS_ENTROPY_ROWS):
+            block = slice(start, start + _CROSS_ENTROPY_ROWS)
+            target = targets[block].unsqueeze(1)
+            log_p = logits[block].float().log_softmax(1)
+            total = total - log_p.gather(1, target).sum()
+            if gradient is not None:
+                gradient[block] = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])).div_(len(logits))
+        ctx.save_for_backward(gradient)
+        return total / len(logits)
+
+    @staticmethod
+    def backward(ctx, grad_value):
+        gradient, = ctx.saved_tensors
+        return grad_value.to(gradient.dtype) * gradient, None
 
 
 def draw(logits, temperature=1., top_k=None, generator=None):

@@ -191,7 +191,7 @@ def code_length(model, batches, classes, data, autocast):
     for codes, label in batches:
         with autocast():
             logits = model(codes, label if classes else None)
-        nats += float(cross_entropy(logits, codes, reduction="sum"))
+        nats += float(cross_entropy(logits, codes)) * codes.numel()
         latents += codes.numel()
     model.train()
     bits = nats / latents / math.log(2)
