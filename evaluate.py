@@ -26,7 +26,7 @@ def parse_args():
     parser.add_argument("--no-features", action="store_true", help="leave these distances out")
     parser.add_argument("--lpips", action="store_true", help="add LPIPS (torchmetrics; downloads its weights)")
     parser.add_argument("--batch-size", type=training.positive_int, default=128, help="(default %(default)s)")
-    parser.add_argument("--num-workers", type=int, default=1, help="where images stream (default %(default)s)")
+    parser.add_argument("--num-workers", type=training.whole, default=1, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     parser.add_argument("--output", default="evaluation", metavar="FOLDER", help="(default %(default)s)")
     return parser.parse_args()

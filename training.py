@@ -27,10 +27,13 @@ FREE_ARGS = {"num_epochs", "num_workers", "device", "resume", "overwrite", "log_
 
 # --- flags
 
-def positive_int(text):
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+def whole(text, low=0):
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, got {text}")
     return int(text)
+
+
+positive_int = partial(whole, low=1)
 
 
 def not_negative(text, low=0., strict=False):
@@ -62,7 +65,7 @@ def add_arguments(parser, output_folder, lr):
     group.add_argument("--no-download", action="store_true", help="fail where the data set is not on disk")
     group.add_argument("--skip-broken", action="store_true", help="go on without images that do not decode")
     group.add_argument("--limit", type=positive_int, metavar="N", help="use N training images, for quick looks")
-    group.add_argument("--num-workers", type=int, default=max(1, (os.cpu_count() or 2) - 1),
+    group.add_argument("--num-workers", type=whole, default=max(1, (os.cpu_count() or 2) - 1),
                        help="processes that decode images where a data set streams from disk (default %(default)s)")
 
     group = parser.add_argument_group("optimization")
@@ -70,7 +73,7 @@ def add_arguments(parser, output_folder, lr):
     group.add_argument("--num-epochs", type=positive_int, default=100, help="(default %(default)s)")
     group.add_argument("--lr", type=positive, default=lr, help="Adam's learning rate (default %(default)s)")
     group.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
-    group.add_argument("--warmup-steps", type=int, default=0, metavar="N", help="of linear rise of the learning rate")
+    group.add_argument("--warmup-steps", type=whole, default=0, metavar="N", help="of linear rise of the learning rate")
     group.add_argument("--seed", type=int, default=0, help="of initial weights, order and flips (default %(default)s)")
 
     group = parser.add_argument_group("run")

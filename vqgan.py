@@ -18,7 +18,7 @@ def parse_args():
     group = parser.add_argument_group("adversarial and perceptual loss")
     group.add_argument("--disc-weight", type=training.not_negative, default=0.8, metavar="W",
                        help="of the adversarial loss, on top of its adaptive weight (default %(default)s)")
-    group.add_argument("--disc-start", type=int, default=1000, metavar="STEPS",
+    group.add_argument("--disc-start", type=training.whole, default=1000, metavar="STEPS",
                        help="steps before the discriminator starts (default %(default)s)")
     group.add_argument("--disc-cap", type=training.positive, default=1e4, metavar="C",
                        help="largest adaptive weight (default %(default)g)")
