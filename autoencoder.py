@@ -49,7 +49,8 @@ class Setup:
         self.args, self.device = args, training.pick_device(args.device)
         self.autocast = training.autocast(self.device, args.precision)
         weights = {name: getattr(args, f"{name.replace('-', '_')}_weight") for name in TERMS}
-        ReconstructionLoss(weights, args.balance)  # wrong weights fail before data is read
+        ReconstructionLoss(weights, args.balance)  # wrong weights fail before data is read,
+        training.refuse_taken(args)  # and so does a folder in use
         self.data = datasets.load(args.dataset, training.source_of(args), args.batch_size, self.device, args.flip,
                                   args.seed, args.limit, args.num_workers)
         VectorQuantizedVAE.check_size(self.data.size)

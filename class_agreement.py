@@ -10,7 +10,6 @@ import checkpoint
 import datasets
 import report
 import training
-from datasets import Source
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
 
@@ -50,8 +49,7 @@ def main():
     if not classes:
         raise ValueError(f"{args.model} was trained on a data set without classes: there is nothing to agree on")
     checkpoint.check_vqvae(prior_found, args.model)
-    source = Source(args.data_folder or found["args"]["data_folder"], tuple(found["data"]["size"]))
-    data = datasets.load(found["data"]["name"], source, 128, device)
+    data = datasets.load(found["data"]["name"], datasets.Source.of(found, args.data_folder), 128, device)
 
     torch.manual_seed(args.seed)
     judge = classifier(data.channels, len(classes)).to(device)

@@ -2,8 +2,6 @@
 import argparse
 import csv
 import io
-import json
-import re
 import statistics
 import subprocess
 import sys
@@ -17,7 +15,7 @@ import datasets
 import metrics
 import report
 import training
-from features import FEATURES, frechet_and_kernel_distance
+from features import FEATURES, measure, original_features
 from losses import TERMS
 from modules import VectorQuantizedVAE
 
@@ -70,8 +68,8 @@ def main():
         kept = run / f"compared-{args.features}.json"
         if not kept.exists():
             if real is None:
-                real = torch.cat([network((x + 1) / 2) for x, _ in test])
-            checkpoint.save_json(kept, measure(run, test, network, real))
+                real = original_features(network, test)
+            checkpoint.save_json(kept, measure_run(run, test, network, real))
         figures[name, seed] = checkpoint.load_json(kept)
 
     rows = summarise(mixes, args.seeds, figures)
@@ -141,9 +139,7 @@ def train(run, mix, seed, flags):
 
 def open_test(run):
     found = checkpoint.load(run / "best.pt", "vqvae")
-    trained = found["args"]
-    source = datasets.Source(trained["data_folder"], tuple(found["data"]["size"]), skip_broken=trained["skip_broken"])
-    return datasets.load(found["data"]["name"], source, 128, training.pick_device("auto")).test
+    return datasets.load(found["data"]["name"], datasets.Source.of(found), 128, training.pick_device("auto")).test
 
 
 def open_model(run, test):
@@ -151,15 +147,11 @@ def open_model(run, test):
     return model.to(test.device, memory_format=torch.channels_last)
 
 
-def measure(run, test, network, real):
+def measure_run(run, test, network, real):
     """Figures of a finished run on the test split, the largest colour bias of a channel by size, and its cost."""
-    fake = []
-    model = open_model(run, test)
-    values, counts = metrics.per_image(model, test, see=lambda x_tilde, _: fake.append(network(x_tilde)))
-    figures = {name: float(value.mean()) for name, value in values.items()} | metrics.codebook_usage(counts)
-    figures["color_bias"] = max((v for name, v in figures.items() if re.match("color_bias_", name)), key=abs)
-    figures["frechet_distance"], (figures["kernel_distance"], _) = frechet_and_kernel_distance(torch.cat(fake), real)
-    cost = json.loads((run / "results.json").read_text())
+    _, figures = measure(open_model(run, test), test, network, real)
+    figures["color_bias"] = max((v for name, v in figures.items() if name.startswith("color_bias_")), key=abs)
+    cost = checkpoint.load_json(run / "results.json")
     return figures | {name: cost[name] for name in ("ms_per_step", "peak_memory_mb", "train_seconds")}
 
 

@@ -37,6 +37,12 @@ class Source:
     download: bool = True
     skip_broken: bool = False
 
+    @classmethod
+    def of(cls, checkpoint, folder=None, download=True):
+        """Where the images of a checkpoint's contents came from, or the same images in another folder."""
+        args = checkpoint["args"]
+        return cls(folder or args["data_folder"], tuple(checkpoint["data"]["size"]), download, args["skip_broken"])
+
 
 @dataclass
 class Data:
@@ -109,10 +115,14 @@ class Batches:
         loader = torch.utils.data.DataLoader(self.images, batch_sampler=[batch.tolist() for batch in batches],
                                              collate_fn=_stack_decoded, num_workers=self.workers,
                                              pin_memory=self.device.type == "cuda", generator=torch.Generator())
+        skipped = 0
         for batch, (images, kept) in zip(batches, loader):
-            self.skipped += len(batch) - len(kept)
+            skipped += len(batch) - len(kept)
             if len(kept):
                 yield images, self.labels[batch[kept].to(self.device)]
+        if skipped > self.skipped:  # once, not every epoch
+            print(f"skipped {skipped} broken images of {sum(map(len, batches))}")
+            self.skipped = skipped
 
 
 class ImageFiles(torch.utils.data.Dataset):

@@ -10,7 +10,7 @@ import datasets
 import metrics
 import report
 import training
-from features import FEATURES, frechet_and_kernel_distance
+from features import FEATURES, measure, original_features
 from modules import VectorQuantizedVAE
 
 PICTURES = 12
@@ -41,13 +41,11 @@ def main():
         if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):
             raise ValueError(f"{path} was trained on {contents['data']['name']} {contents['data']['size']}, "
                              f"{args.model[0]} on {facts['name']} {facts['size']}: evaluate them apart")
-    trained = found[args.model[0]]["args"]
-    source = datasets.Source(args.data_folder or trained["data_folder"], tuple(facts["size"]),
-                             skip_broken=trained["skip_broken"])
+    source = datasets.Source.of(found[args.model[0]], args.data_folder)
     test = datasets.load(facts["name"], source, args.batch_size, device, workers=args.num_workers).test
     network = None if args.no_features else FEATURES[args.features]().to(device, memory_format=torch.channels_last)
     lpips = open_lpips() if args.lpips else None
-    real = None if network is None else torch.cat([network((x + 1) / 2) for x, _ in test])
+    real = original_features(network, test) if network else None
 
     names = short_names(args.model)
     results, pictures = {}, [metrics.as_8bit(test.examples(PICTURES))]
@@ -74,24 +72,12 @@ def short_names(paths):
 
 def evaluate(model, test, network, real, lpips):
     """Every figure of a model: means, "<name>_interval" 95% bootstrap intervals, distances of features."""
-    fake, distances = [], []
-
-    def see(x_tilde, x):
-        if network is not None:
-            fake.append(network(x_tilde))
-        if lpips is not None:
-            distances.append(lpips(x_tilde, x))
-
-    values, counts = metrics.per_image(model, test, see=see)
-    if distances:
+    distances = []
+    values, figures = measure(model, test, network, real, see=lpips and (lambda *pair: distances.append(lpips(*pair))))
+    if lpips:
         values["lpips"] = torch.cat(distances)
-    figures = metrics.codebook_usage(counts)
-    for name, value in values.items():
-        figures |= {name: float(value.mean()), f"{name}_interval": metrics.bootstrap_interval(value)}
-    if fake:
-        frechet, (kernel, deviation) = frechet_and_kernel_distance(torch.cat(fake), real)
-        figures |= {"frechet_distance": frechet, "kernel_distance": kernel, "kernel_distance_sd": deviation}
-    return figures
+        figures["lpips"] = float(values["lpips"].mean())
+    return figures | {f"{name}_interval": metrics.bootstrap_interval(value) for name, value in values.items()}
 
 
 def open_lpips():

@@ -12,6 +12,8 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+import metrics
+
 SUBSET, SUBSETS = 1000, 20  # images a subset and subsets of the kernel distance
 
 
@@ -110,6 +112,37 @@ class _Given(nn.Module):
 
     def forward(self, features):
         return features
+
+
+def original_features(network, loader):
+    """Features (N, D) of the originals x (B, C, H, W) in [-1, 1] that a loader yields."""
+    return torch.cat([network((x + 1) / 2) for x, _ in loader])
+
+
+def measure(model, loader, network=None, real=None, see=None):
+    """Everything there is to say of a model on a split.
+
+    Args:
+        model, loader, see: as for `metrics.per_image`. network: a feature network, or None to leave the distances out.
+        real: `original_features` of the split.
+    Returns:
+        values: {name: (N,)}, an entry an image. figures: their means, `codebook_usage`, and frechet_distance,
+        kernel_distance and kernel_distance_sd.
+    """
+    fake = []
+
+    def look(x_tilde, x):
+        if network:
+            fake.append(network(x_tilde))
+        if see:
+            see(x_tilde, x)
+
+    values, counts = metrics.per_image(model, loader, see=look)
+    figures = {name: float(value.mean()) for name, value in values.items()} | metrics.codebook_usage(counts)
+    if network:
+        frechet, (kernel, deviation) = frechet_and_kernel_distance(torch.cat(fake), real)
+        figures |= {"frechet_distance": frechet, "kernel_distance": kernel, "kernel_distance_sd": deviation}
+    return values, figures
 
 
 def frechet_and_kernel_distance(fake, real):

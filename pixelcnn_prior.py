@@ -54,10 +54,12 @@ def main():
     if args.sample:
         return sample(args, vqvae, classes, shape, device)
 
-    run = training.Run("prior", args, device)
+    # Data fail here, before an old run is replaced.
+    training.refuse_taken(args)
     autocast = training.autocast(device, args.precision)
-    latents = cached_latents(run.models / "latents.pt", args, found, source, vqvae, device)
+    latents = cached_latents(training.run_folder("models", args) / "latents.pt", args, found, source, vqvae, device)
     train, valid, test = split_latents(latents, args, device)
+    run = training.Run("prior", args, device)
     torch.manual_seed(args.seed)
     model_args = {"input_dim": found["model_args"]["K"], "dim": args.hidden_size_prior, "n_layers": args.num_layers,
                   "n_classes": len(classes)}
@@ -130,9 +132,10 @@ def inherit(args, found):
             raise ValueError(f"--{name.replace('_', '-')} {given} contradicts {args.model}, which has {value}: "
                              "leave the flag out")
         setattr(args, name, value)
-    args.data_folder = args.data_folder or found["args"]["data_folder"]
-    args.skip_broken = args.skip_broken or found["args"]["skip_broken"]
-    return Source(args.data_folder, tuple(found["data"]["size"]), not args.no_download, args.skip_broken)
+    source = Source.of(found, args.data_folder, not args.no_download)
+    source.skip_broken |= args.skip_broken
+    args.data_folder, args.skip_broken = source.folder, source.skip_broken
+    return source
 
 
 # --- latents
@@ -163,6 +166,7 @@ def cached_latents(path, args, found, source, vqvae, device):
             batches.shuffle = False
             encoded = [(vqvae.encode(x).to(torch.int32).cpu(), label.cpu()) for x, label in batches]
             splits[split] = tuple(map(torch.cat, zip(*encoded)))
+    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, "latents", {"key": key, "splits": splits})
     return splits
 

@@ -177,9 +177,11 @@ def test_a_run_leaves_its_table_pictures_and_latents_and_samples(folder):
             (("--num-epochs", "9", "--resume", "--model", "models/other1/best.pt"), "another VQ-VAE"),
             (("--model", "nowhere.pt"), "no checkpoint at nowhere.pt"),
             (("--model", "models/prior/best.pt"), "checkpoint of a prior"),
+            (("--num-epochs", "1", "--overwrite", "--data-folder", "nowhere"), "nowhere does not exist"),
             (("--sample", "4", "--output-folder", "untrained"), "no checkpoint at")):
         code, _, err = train(folder, *flags)
         assert code != 0 and message in err and len(err.strip().splitlines()) == 1, (flags, err)
+        assert (models / "best.pt").exists()
 
 
 def test_latents_are_encoded_again_when_the_vqvae_or_the_data_changes(folder):

@@ -159,6 +159,20 @@ def peak_memory_mb(device):
 
 # --- a run
 
+def run_folder(parent, args):
+    """Where a run keeps its files under models or logs: its name and, in a SLURM job, the job's id."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return Path(parent) / (args.output_folder + (f"-{job}" if job else ""))
+
+
+def refuse_taken(args):
+    """ValueError where the output folder holds a run and neither --resume nor --overwrite is given."""
+    folder = run_folder("models", args)
+    if (folder / "args.json").exists() and not (args.resume or args.overwrite):
+        raise ValueError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
+                         "another --output-folder")
+
+
 class Run:
     """Folders, counters, curves, checkpoints and signals of one training run.
 
@@ -172,9 +186,7 @@ class Run:
 
     def __init__(self, kind, args, device):
         self.kind, self.args, self.device = kind, args, device
-        job = os.environ.get("SLURM_JOB_ID")
-        name = args.output_folder + (f"-{job}" if job else "")
-        self.models, self.logs = Path("models") / name, Path("logs") / name
+        self.models, self.logs = run_folder("models", args), run_folder("logs", args)
         self.epoch = self.batch = self.step = 0
         self.seconds, self.best, self.contents = 0., None, dict
         self.resumed = self._open()
@@ -186,9 +198,7 @@ class Run:
     def _open(self):
         """The checkpoint to go on from, or None."""
         last, args = self.models / "last.pt", vars(self.args)
-        if (self.models / "args.json").exists() and not (self.args.resume or self.args.overwrite):
-            raise ValueError(f"{self.models} already holds a run: pass --resume to go on with it, --overwrite to "
-                             "replace it, or another --output-folder")
+        refuse_taken(self.args)
         self.models.mkdir(parents=True, exist_ok=True)
         if self.args.resume and last.exists():
             found = checkpoint.load(last, self.kind)
