@@ -3,6 +3,7 @@ import torch
 
 import checkpoint
 import datasets
+import distributed
 import metrics
 import report
 import training
@@ -12,6 +13,7 @@ from modules import CODEBOOK_LEARNERS, VectorQuantizedVAE
 MONITORS = {"loss": False, "mse": False, "psnr": True, "ssim": True}  # name -> larger is better
 TABLE = ("mse", "psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "perplexity", "used_codes")
 PICTURES = 12
+DISC_WEIGHT = 0.8  # of the adversarial loss, where there is one
 ADAM_BETAS = (0.9, 0.99)  # a second moment that forgets the steep first steps: +0.3 dB in 4 epochs of CIFAR-10
 
 
@@ -27,6 +29,8 @@ def add_arguments(parser, output_folder):
     group = parser.add_argument_group("model")
     group.add_argument("--hidden-size", type=training.positive_int, default=256, help="(default %(default)s)")
     group.add_argument("--k", type=training.positive_int, default=512, help="number of codes (default %(default)s)")
+    group.add_argument("--downsample", type=int, choices=(4, 8, 16), default=4, help="sides of an image over those of "
+                       "its latents; 4 is the published model (default %(default)s)")
     group.add_argument("--beta", type=training.not_negative, default=1.0, help="weight of the commitment loss")
     group.add_argument("--codebook", choices=CODEBOOK_LEARNERS, default="ema", help="how codes learn: moving averages "
                        "of encoder outputs, or gradient descent (default %(default)s)")
@@ -34,6 +38,8 @@ def add_arguments(parser, output_folder):
     group.add_argument("--no-codebook-init", action="store_true", help="start from random codes, not encoder outputs")
     group.add_argument("--restart-below", type=training.not_negative, default=0.02, metavar="SHARE",
                        help="restart codes used less than this share of uniform usage; 0 never (default %(default)s)")
+    group.add_argument("--frozen-codebook", metavar="PT", help="take encoder and codebook from this checkpoint, say "
+                       "models/vqvae/best.pt, and train the decoder alone")
     training.add_arguments(parser, output_folder=output_folder, lr=2e-4)
     parser.add_argument("--monitor", choices=MONITORS, default="loss",
                         help="validation value that decides which epoch best.pt keeps (default %(default)s)")
@@ -42,6 +48,7 @@ def add_arguments(parser, output_folder):
 class Setup:
     """Data, model, loss, optimizer and run, as the flags say; fails before anything is written.
 
+    `model` is what is saved; `network`, from `start` on, is what is trained: the same, over all processes.
     Call `start` before the first batch, `validate` after each epoch and `report` at the end.
     """
 
@@ -51,17 +58,22 @@ class Setup:
         weights = {name: getattr(args, f"{name.replace('-', '_')}_weight") for name in TERMS}
         ReconstructionLoss(weights, args.balance)  # wrong weights fail before data is read,
         training.refuse_taken(args)  # and so does a folder in use
-        self.data = datasets.load(args.dataset, training.source_of(args), args.batch_size, self.device, args.flip,
-                                  args.seed, args.limit, args.num_workers)
-        VectorQuantizedVAE.check_size(self.data.size)
+        with distributed.rank_0_first():
+            self.data = datasets.load(args.dataset, training.source_of(args), args.batch_size, self.device, args.flip,
+                                      args.seed, args.limit, args.num_workers)
+        self.data.shard(distributed.rank(), distributed.world_size())
+        VectorQuantizedVAE.check_size(self.data.size, args.downsample)
         shape = (self.data.channels, *self.data.size)
         self.criterion = ReconstructionLoss(weights, args.balance, shape).to(self.device)
 
         torch.manual_seed(args.seed)
         self.model_args = {"input_dim": self.data.channels, "dim": args.hidden_size, "K": args.k,
-                           "learner": args.codebook, "decay": args.codebook_decay,
+                           "downsample": args.downsample, "learner": args.codebook, "decay": args.codebook_decay,
                            "data_init": not args.no_codebook_init, "restart_below": args.restart_below}
-        self.model = VectorQuantizedVAE(**self.model_args).to(self.device, memory_format=torch.channels_last)
+        self.model = VectorQuantizedVAE(**self.model_args)
+        if args.frozen_codebook:
+            self.model.freeze_codes(checkpoint.load(args.frozen_codebook, "vqvae"))
+        self.model.to(self.device, memory_format=torch.channels_last)
         learnt = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(learnt, lr=args.lr, betas=ADAM_BETAS, fused=self.device.type != "mps")
 
@@ -84,7 +96,7 @@ class Setup:
             checkpoint.set_random_state(run.resumed["random"])
         if self.args.compile:
             self.model.compile()
-        self.total_steps = self.args.num_epochs * len(self.data.train)
+        self.network = distributed.wrap(self.model, self.device)
         return run
 
     def validate(self):

@@ -8,15 +8,21 @@ from pathlib import Path
 
 import torch
 
+import distributed
+
 FORMAT = 1
 
 
 def write_atomic(path, data):
     """Write bytes so that `path` holds the old or the new content, whenever the process or the machine stops.
 
+    Of many processes, rank 0 alone writes.
+
     Raises:
         OSError: the disk is full or the folder cannot be written; `path` is as it was.
     """
+    if distributed.rank():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

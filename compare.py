@@ -2,12 +2,17 @@
 import argparse
 import csv
 import io
+import os
+import shlex
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from scipy.stats import t as student_t
 
 import checkpoint
@@ -15,19 +20,23 @@ import datasets
 import metrics
 import report
 import training
+from autoencoder import DISC_WEIGHT
 from features import FEATURES, measure, original_features
 from losses import TERMS
 from modules import VectorQuantizedVAE
 
 HERE = Path(__file__).parent
 BASELINE = "mse"
+VQGAN = "vqgan"  # in a mix, it stands for the discriminator, and its weight for --disc-weight
 RECIPE = ("--lr", "2e-3", "--lr-schedule", "cosine", "--beta", "0.1", "--flip")
 QUICK = ("--hidden-size", "64", "--num-epochs", "1", "--warmup-steps", "35")
 REPORT_WEIGHTS = (1., 0.5, 0.25)
-# FID on 2,000 CIFAR-10 images of the report that this project grew out of.
-REPORT_FID = {"mse": 86.3, "ssim": 69.0, "mse+0.25ssim": 72.3, "ms-ssim": 78.4, "psnr": 81.9}
+# FID on 2,000 CIFAR-10 images over that of MSE (86.3), in the report that this project grew out of.
+REPORT_RATIOS = {"mse": "1.000", "ssim": "0.800", "mse+0.25ssim": "0.838", "ms-ssim": "0.908", "psnr": "0.949",
+                 "gmsd": "> 3.13", "haarpsi": "> 3.13"} | {f"mse{w}ms-gmsd": ">= 0.971" for w in ("+", "+0.5", "+0.25")}
 MEASURED = ("psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "color_bias", "perplexity", "frechet_distance")
 PICTURES = 10  # images a row of the picture
+COSINE_BATCHES = 8
 
 
 def parse_args():
@@ -35,10 +44,15 @@ def parse_args():
         description=__doc__, allow_abbrev=False, epilog="All other flags go to vqvae.py, say --dataset cifar10 "
         f"--num-epochs 4; its defaults here: {' '.join(RECIPE)}")
     group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--losses", nargs="+", metavar="MIX", help='say mse ssim "mse=1,ssim=0.5"')
+    group.add_argument("--losses", nargs="+", metavar="MIX",
+                       help='say ssim "mse=1,ssim=0.5" vqgan (vqgan.py on MSE) "l1=1,ssim=0.5,vqgan=0.1"')
     group.add_argument("--preset", choices=("report",), help="each term alone, and at weights 1, 0.5, 0.25 beside MSE")
     parser.add_argument("--quick", action="store_true", help=f"train with {' '.join(QUICK)}")
     parser.add_argument("--seeds", type=training.positive_int, default=1, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--jobs", type=training.positive_int, default=1, metavar="N", help="runs at a time, "
+                        "sharing the cores (default %(default)s; 2 small models on 2 cores are faster than 1)")
+    parser.add_argument("--vqgan-flags", type=shlex.split, default=[], metavar="FLAGS",
+                        help='for vqgan.py alone, say "--disc-start 500"')
     parser.add_argument("--features", choices=FEATURES, default="effnet-lite0", help="(default %(default)s)")
     parser.add_argument("--output", default="comparison", metavar="NAME",
                         help="runs go to models/NAME/, tables and picture too (default %(default)s)")
@@ -55,50 +69,56 @@ def main():
     mixes = {mix_name(mix): mix for mix in [{BASELINE: 1.}, *mixes]}
     folder = Path("models") / args.output
     runs = {(name, seed): folder / f"{name}-seed{seed}" for name in mixes for seed in range(args.seeds)}
-    for number, ((name, seed), run) in enumerate(runs.items(), 1):
-        print(f"[{number}/{len(runs)}] {name}, seed {seed}", flush=True)
-        train(run, mixes[name], seed, flags)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    commands = {key: command_of(mixes[key[0]], key[1], flags, args.vqgan_flags) for key in runs}
+    at_a_time(args.jobs, runs, lambda key: train(runs[key], commands[key], threads if args.jobs > 1 else None),
+              "trained")
 
     device = training.pick_device("auto")
     test = open_test(next(iter(runs.values())))
     network = FEATURES[args.features]().to(device, memory_format=torch.channels_last)
-    real = None
-    figures = {}
-    for (name, seed), run in runs.items():
-        kept = run / f"compared-{args.features}.json"
-        if not kept.exists():
-            if real is None:
-                real = original_features(network, test)
-            checkpoint.save_json(kept, measure_run(run, test, network, real))
-        figures[name, seed] = checkpoint.load_json(kept)
+    real = original_features(network, test)
 
-    rows = summarise(mixes, args.seeds, figures)
+    def measure_once(key):
+        kept = runs[key] / f"compared-{args.features}.json"
+        if not kept.exists():
+            torch.set_num_threads(threads)  # of this thread
+            checkpoint.save_json(kept, measure_run(runs[key], test, network, real))
+        return checkpoint.load_json(kept)
+    figures = at_a_time(args.jobs, runs, measure_once, "measured")
+
     note = (f"Seeds: {args.seeds}. Test images: {len(test.labels)}. Fréchet distance through {network.description}: "
             f"comparable within this setting only. Flags: {' '.join(flags)}")
-    text = report.markdown_table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n\n{note}\n"
-    (folder / "table.md").write_text(text)
-    checkpoint.save_json(folder / "table.json", {"note": note, "rows": rows,
+    tables = {"table": summarise(mixes, args.seeds, figures), "matrix": loss_by_metric(mixes, args.seeds, figures),
+              "cosines": gradient_cosines(open_model(runs[BASELINE, 0], test), test)}
+    headings = {"table": note, "matrix": f"Loss by metric: value on the test split over that of {BASELINE}. A row was "
+                "trained on, a column measured.",
+                "cosines": f"Mean cosine between the terms' gradients at the reconstructions of {BASELINE}, seed 0: "
+                "terms pull together at 1, against each other below 0."}
+    text = ""
+    for name, rows in tables.items():
+        text += report.markdown_table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n\n{headings[name]}\n\n"
+        save_csv(folder / f"{name}.csv", rows)
+    checkpoint.write_atomic(folder / "table.md", text.encode())
+    checkpoint.save_json(folder / "table.json", {"note": note, **tables,
                                                  "runs": [{"loss": n, "seed": s} | v for (n, s), v in figures.items()]})
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    checkpoint.write_atomic(folder / "table.csv", buffer.getvalue().encode())
     picture = draw_picture(folder / "picture.png", [runs[name, 0] for name in mixes], test)
-    print(f"\n{text}\npicture (originals, then {', '.join(mixes)}; below, their middles enlarged): {picture}")
+    plot = draw_pareto(folder / "pareto.png", mixes, args.seeds, figures)
+    print(f"\n{text}picture (originals, then {', '.join(mixes)}; below, their middles enlarged): {picture}\n"
+          f"plot: {plot}")
 
 
 # --- mixes
 
 def parse_mix(text):
-    """"ssim" or "mse=1,ssim=0.5" -> {term: weight}; ValueError where it is neither."""
+    """"ssim" or "mse=1,ssim=0.5" or "vqgan" -> {term: weight}; ValueError where it is none of them."""
     mix = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")
-        if name not in TERMS:
-            raise ValueError(f"no loss term {name!r} in {text!r}: the terms are {', '.join(TERMS)}")
+        if name not in (*TERMS, VQGAN):
+            raise ValueError(f"no loss term {name!r} in {text!r}: the terms are {', '.join(TERMS)}, and {VQGAN}")
         try:
-            mix[name] = training.positive(weight or "1")
+            mix[name] = training.positive(weight or str(DISC_WEIGHT if name == VQGAN else 1))
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"the weight of {name} in {text!r} {error}") from None
     return mix
@@ -106,7 +126,8 @@ def parse_mix(text):
 
 def mix_name(mix):
     """{"mse": 1, "ssim": 0.5} -> "mse+0.5ssim"."""
-    return "+".join(("" if weight == 1 else f"{weight:g}") + name for name, weight in mix.items())
+    usual = {VQGAN: DISC_WEIGHT}
+    return "+".join(("" if weight == usual.get(name, 1) else f"{weight:g}") + name for name, weight in mix.items())
 
 
 def report_mixes():
@@ -116,14 +137,35 @@ def report_mixes():
 
 # --- runs
 
-def train(run, mix, seed, flags):
-    """An ordinary run of vqvae.py in its own folder: done once, resumed if it was cut off.
+def at_a_time(jobs, runs, work, done):
+    """{key: work(key)} of the keys of `runs`, so many at a time, with a line for each one done."""
+    results = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {key: pool.submit(work, key) for key in runs}
+        try:
+            for number, (key, future) in enumerate(futures.items(), 1):
+                results[key] = future.result()
+                print(f"{done} {number}/{len(runs)}: {key[0]}, seed {key[1]}", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
+
+
+def command_of(mix, seed, flags, vqgan_flags):
+    """Command line of the run of a mix and a seed."""
+    terms = {name: weight for name, weight in mix.items() if name != VQGAN} or {BASELINE: 1.}
+    weights = [part for name in TERMS for part in (f"--{name}-weight", f"{terms.get(name, 0.):g}")]
+    script = ["vqgan.py", "--disc-weight", f"{mix[VQGAN]:g}", *vqgan_flags] if VQGAN in mix else ["vqvae.py"]
+    return [*script, *flags, *weights, "--seed", str(seed)]
+
+
+def train(run, command, threads):
+    """An ordinary run in its own folder, what it prints in output.txt: done once, resumed if it was cut off.
 
     Raises:
         ValueError: the folder holds a run of other flags, or training failed.
     """
-    weights = [part for name in TERMS for part in (f"--{name}-weight", f"{mix.get(name, 0.):g}")]
-    command = ["vqvae.py", *flags, *weights, "--seed", str(seed)]
     known = run / "command.json"
     if known.exists() and checkpoint.load_json(known) != command:
         raise ValueError(f"{run} was trained with other flags: give another --output, or remove it")
@@ -131,8 +173,11 @@ def train(run, mix, seed, flags):
         return
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.save_json(known, command)
-    done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:], "--resume",
-                           "--output-folder", str(run.relative_to("models"))], stderr=subprocess.PIPE, text=True)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    with open(run / "output.txt", "a") as output:
+        done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:], "--resume", "--output-folder",
+                               str(run.relative_to("models"))], stdout=output, stderr=subprocess.PIPE, text=True,
+                              env=environment)
     if done.returncode:
         raise ValueError(f"{run}: {(done.stderr.strip().splitlines() or ['training failed'])[-1]}")
 
@@ -142,15 +187,33 @@ def open_test(run):
     return datasets.load(found["data"]["name"], datasets.Source.of(found), 128, training.pick_device("auto")).test
 
 
+def terms_for(test):
+    """Names of the terms that the images of a split are large enough for."""
+    x, names = test.examples(1), []
+    for name, term in TERMS.items():
+        try:
+            term(x, x)
+            names.append(name)
+        except ValueError:
+            pass
+    return names
+
+
 def open_model(run, test):
     model = VectorQuantizedVAE.rebuild(checkpoint.load(run / "best.pt", "vqvae"))
     return model.to(test.device, memory_format=torch.channels_last)
 
 
 def measure_run(run, test, network, real):
-    """Figures of a finished run on the test split, the largest colour bias of a channel by size, and its cost."""
-    _, figures = measure(open_model(run, test), test, network, real)
+    """Figures of a finished run on the test split, the largest colour bias of a channel by size, terms and cost."""
+    terms = dict.fromkeys(terms_for(test), 0.)
+
+    def see(x_tilde, x):
+        for name in terms:
+            terms[name] += float(TERMS[name](2 * x_tilde - 1, 2 * x - 1)) * len(x) / len(test.labels)
+    _, figures = measure(open_model(run, test), test, network, real, see)
     figures["color_bias"] = max((v for name, v in figures.items() if name.startswith("color_bias_")), key=abs)
+    figures["terms"] = terms
     cost = checkpoint.load_json(run / "results.json")
     return figures | {name: cost[name] for name in ("ms_per_step", "peak_memory_mb", "train_seconds")}
 
@@ -171,9 +234,40 @@ def summarise(mixes, seeds, figures):
         ratios = [figures[name, seed]["frechet_distance"] / figures[BASELINE, seed]["frechet_distance"]
                   for seed in range(seeds)]
         row[f"frechet / {BASELINE}"] = spread(ratios)
-        row["report FID / mse"] = f"{REPORT_FID[name] / REPORT_FID['mse']:.3f}" if name in REPORT_FID else ""
+        row["report FID / mse"] = REPORT_RATIOS.get(name, "")
         rows.append(row)
     return rows
+
+
+def loss_by_metric(mixes, seeds, figures):
+    """A row a mix, a column a term as metric: mean over seeds, relative to MSE's."""
+    def mean(name, term):
+        return statistics.mean(figures[name, seed]["terms"][term] for seed in range(seeds))
+    return [{"loss": name} | {term: f"{mean(name, term) / mean(BASELINE, term):.3f}"
+                              for term in figures[BASELINE, 0]["terms"]} for name in mixes]
+
+
+def gradient_cosines(model, test):
+    """Rows of the mean cosine between the gradients of two terms at a model's reconstructions of test images."""
+    names, total, count = terms_for(test), 0., 0
+    for x, _ in islice(test, COSINE_BATCHES):
+        with torch.no_grad():
+            x_tilde = model(x)[0].float()
+        x_tilde.requires_grad_()
+        gradients = torch.stack([torch.autograd.grad(TERMS[name](x_tilde, x), x_tilde)[0].flatten(1)
+                                 for name in names])  # (terms, B, C H W)
+        gradients = F.normalize(gradients, dim=2)
+        total, count = total + torch.einsum("ibd,jbd->ij", gradients, gradients), count + len(x)
+    return [{"cosine": name} | {other: f"{value:.2f}" for other, value in zip(names, row)}
+            for name, row in zip(names, (total / count).tolist())]
+
+
+def save_csv(path, rows):
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoint.write_atomic(path, buffer.getvalue().encode())
 
 
 def spread(values):
@@ -191,6 +285,28 @@ def difference(values):
     if mean - half <= 0 <= mean + half:
         return "no difference"
     return f"{mean:+.3g} [{mean - half:+.3g}, {mean + half:+.3g}]"
+
+
+# --- pictures
+
+def draw_pareto(path, mixes, seeds, figures):
+    """Fidelity against sharpness and against Fréchet distance, means over seeds; a point's area is its step's time."""
+    from matplotlib.figure import Figure  # here, because no run needs it
+    means = {name: {key: statistics.mean(figures[name, seed][key] for seed in range(seeds))
+                    for key in ("psnr", "gradient_ratio", "frechet_distance", "ms_per_step")} for name in mixes}
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("gradient_ratio", "frechet_distance"),
+                                ("gradient ratio (1 is as sharp)", "Fréchet distance (lower is better)")):
+        for name, mean in means.items():
+            area = 60 * mean["ms_per_step"] / means[BASELINE]["ms_per_step"]
+            axes.scatter(mean["psnr"], mean[key], area, alpha=0.6)
+            axes.annotate(name, (mean["psnr"], mean[key]), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="PSNR (dB)", ylabel=label)
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    checkpoint.write_atomic(path, buffer.getvalue())
+    return path
 
 
 def draw_picture(path, runs, test):

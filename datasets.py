@@ -55,6 +55,11 @@ class Data:
     size: tuple  # (H, W)
     classes: list
 
+    def shard(self, rank, world):
+        """Leave this process its share of every batch of every split."""
+        for split in SPLITS:
+            getattr(self, split).shard(rank, world)
+
     def facts(self):
         """What a checkpoint keeps of it: plain values."""
         return {"name": self.name, "channels": self.channels, "size": list(self.size), "classes": self.classes,
@@ -66,7 +71,10 @@ class Batches:
 
     Images are a (N, H, W, C) uint8 tensor, which moves to the device as a whole, or `ImageFiles`, which stream.
     The order and the flips of an epoch depend on the seed and the epoch alone, so that a run can go on anywhere.
+    Of many processes, each yields its share of batches `world` times as large; `batch_size` is that of all together.
     """
+
+    rank, world = 0, 1
 
     def __init__(self, images, labels, batch_size, device="cpu", shuffle=False, flip=False, seed=0, workers=0):
         self.streams = isinstance(images, ImageFiles)
@@ -75,8 +83,20 @@ class Batches:
         self.shuffle, self.flip, self.seed = shuffle, flip, seed
         self.skipped = 0
 
+    def shard(self, rank, world):
+        """Yield the share of process `rank` of `world` alone: whoever goes through all shares sees each image once."""
+        self.rank, self.world = rank, world
+        self.batch_size *= world
+
+    def sizes(self):
+        """Number of images in each batch, all processes together; too few for each to have one join those before."""
+        whole, rest = divmod(len(self.labels), self.batch_size)
+        if whole and rest and rest < self.world:
+            return [self.batch_size] * (whole - 1) + [self.batch_size + rest]
+        return [self.batch_size] * whole + [rest] * bool(rest)
+
     def __len__(self):
-        return -(-len(self.labels) // self.batch_size)
+        return len(self.sizes())
 
     def __iter__(self):
         return self.epoch(0)
@@ -87,14 +107,17 @@ class Batches:
         count = len(self.labels)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         flips = torch.rand(count, generator=generator) < 0.5 if self.flip else None
-        batches = order.split(self.batch_size)[start:]
-        flipped = flips.split(self.batch_size)[start:] if self.flip else [None] * len(batches)
+        batches = self._share(order)[start:]
+        flipped = self._share(flips)[start:] if self.flip else [None] * len(batches)
         for (images, labels), flip in zip(self._read(batches), flipped):
             x = self._to_input(images)
             if flip is not None:
                 flip = flip[:len(x)].to(self.device).view(-1, 1, 1, 1)
                 x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
             yield x, labels
+
+    def _share(self, column):
+        return [batch.tensor_split(self.world)[self.rank] for batch in column.split(self.sizes())]
 
     def examples(self, count):
         """Batch of at most `count` images spread evenly over the split, unflipped."""
@@ -118,6 +141,8 @@ class Batches:
         skipped = 0
         for batch, (images, kept) in zip(batches, loader):
             skipped += len(batch) - len(kept)
+            if not len(kept) and self.world > 1:
+                raise ValueError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
             if len(kept):
                 yield images, self.labels[batch[kept].to(self.device)]
         if skipped > self.skipped:  # once, not every epoch

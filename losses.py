@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
+import distributed
+
 EPS = 1e-8
 LUMA = (0.299, 0.587, 0.114)
 CHROMA = ((0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # I and Q of YIQ
@@ -315,7 +317,9 @@ class ReconstructionLoss(nn.Module):
         norms = torch.stack([gradient.norm() for gradient in gradients])
         self.gradient_norms = dict(zip(terms, norms))
         if self.balance:
-            self._average(torch.cat([norms, 2 * (image - x).norm().view(1) / x.numel()]).detach())
+            mse_norm = 2 * (image.detach() - x).norm() / x.numel()
+            squares = distributed.total(torch.cat([norms, mse_norm.view(1)]).square())
+            self._average(squares.sqrt() / distributed.world_size())
         weights = weights * self.scales()
         combined = sum(weight * gradient for weight, gradient in zip(weights, gradients))
         return _WithGradient.apply(x_tilde, (weights * values).sum(), combined), parts

@@ -8,6 +8,8 @@ from contextlib import nullcontext
 import torch
 from pytorch_msssim import ssim as msssim_ssim
 
+import distributed
+
 PERFECT_PSNR = 100.0  # dB, reported where an image is reproduced exactly
 _FLAT = 1e-3  # a quarter of an 8-bit step: keeps ratios finite on images without detail
 
@@ -98,7 +100,8 @@ def per_image(model, loader, criterion=None, autocast=nullcontext, see=None):
         see: called with each batch of reconstructions and originals (B, C, H, W) in [0, 1].
     Returns:
         dict of (N,) float64: `IMAGE_METRICS`, color_bias_0... by channel, quantization (mean squared distance of z_e
-        to its code), `loss` where a criterion is given; and counts (K,), how often each code was chosen.
+        to its code), `loss` where a criterion is given; and counts (K,), how often each code was chosen. Both of all
+        processes together.
     """
     was_training = model.training
     model.eval()
@@ -118,7 +121,8 @@ def per_image(model, loader, criterion=None, autocast=nullcontext, see=None):
         if see:
             see(a, b)
     model.train(was_training)
-    return {name: torch.cat([column[name] for column in columns]) for name in columns[0]}, counts
+    values = {name: distributed.concatenate(torch.cat([column[name] for column in columns])) for name in columns[0]}
+    return values, distributed.total(counts)
 
 
 def evaluate(model, loader, criterion=None, autocast=nullcontext):

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import distributed
 from functions import vq, vq_st
 
 _CROSS_ENTROPY_ROWS = 512
@@ -78,10 +79,11 @@ class VQEmbedding(nn.Module):
             self.data_init = False
             return
         vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
-        drawn = torch.randperm(len(vectors), device=vectors.device)[:self.embedding.num_embeddings - filled]
-        replaced = slice(filled, filled + len(drawn))
-        self.embedding.weight.data[replaced] = vectors[drawn]
-        self.average_sum[replaced] = vectors[drawn] * _TRIAL
+        count, offset = distributed.count_of(vectors)
+        index = torch.randperm(count, device=vectors.device)[:self.embedding.num_embeddings - filled]
+        drawn, replaced = distributed.take(vectors, index, offset), slice(filled, filled + len(index))
+        self.embedding.weight.data[replaced] = drawn
+        self.average_sum[replaced] = drawn * _TRIAL
         self.average_count[replaced] = _TRIAL
         self.initialised += len(drawn)
 
@@ -89,17 +91,19 @@ class VQEmbedding(nn.Module):
     def _update(self, vectors, indices):
         vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
         weight = self.embedding.weight.data
-        count = torch.bincount(indices, minlength=len(weight)).float()  # (K,)
-        total = torch.zeros_like(weight).index_add_(0, indices, vectors)  # (K, D)
+        count = distributed.total(torch.bincount(indices, minlength=len(weight)).float())  # (K,)
+        total = distributed.total(torch.zeros_like(weight).index_add_(0, indices, vectors))  # (K, D)
+        rows, offset = distributed.count_of(vectors)
         # Averages are kept in units of uniform usage, so that they do not depend on the batch's size.
-        unit = len(weight) / len(vectors)
+        unit = len(weight) / rows
         self.average_count.lerp_(count * unit, 1 - self.decay)
         self.average_sum.lerp_(total * unit, 1 - self.decay)
         if self.learner == "ema":
             weight.copy_(self.average_sum / (self.average_count + _LAPLACE).unsqueeze(1))
         if self.restart_below:
             dead = (self.average_count < self.restart_below).unsqueeze(1)  # (K, 1)
-            drawn = vectors[torch.randint(len(vectors), (len(weight),), device=vectors.device)]
+            index = torch.randint(rows, (len(weight),), device=vectors.device)
+            drawn = distributed.take(vectors, index, offset)
             weight.copy_(torch.where(dead, drawn, weight))
             self.average_sum.copy_(torch.where(dead, drawn * _TRIAL, self.average_sum))
             self.average_count.masked_fill_(dead.squeeze(1), _TRIAL)
@@ -145,23 +149,28 @@ class ResBlock(nn.Module):
 
 
 class VectorQuantizedVAE(Rebuilt, nn.Module):
-    """Convolutional VQ-VAE that reduces each side by 4; keys and arguments of the public pytorch-vqvae project.
+    """Convolutional VQ-VAE; keys and arguments of the public pytorch-vqvae project, whose `downsample` is 4.
 
     Args:
         input_dim: channels C of the images.
         dim: width of every layer, and D of the codes.
         K: number of codes.
+        downsample: sides of an image over those of its latents, a power of two of at least 4.
         codebook: further arguments of `VQEmbedding`.
     """
 
-    downsample = 4
+    codes_frozen = False
 
-    def __init__(self, input_dim, dim, K=512, **codebook):
+    def __init__(self, input_dim, dim, K=512, downsample=4, **codebook):
         super().__init__()
+        self.input_dim, self.dim, self.K, self.downsample = input_dim, dim, K, downsample
+        deeper = downsample.bit_length() - 3  # halvings beyond the published two
         self.encoder = nn.Sequential(
             nn.Conv2d(input_dim, dim, 4, 2, 1),
             nn.BatchNorm2d(dim),
             nn.ReLU(True),
+            *(layer for _ in range(deeper) for layer in (
+                nn.Conv2d(dim, dim, 4, 2, 1), nn.BatchNorm2d(dim), nn.ReLU(True))),
             nn.Conv2d(dim, dim, 4, 2, 1),
             ResBlock(dim),
             ResBlock(dim),
@@ -171,28 +180,50 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
             ResBlock(dim),
             ResBlock(dim),
             nn.ReLU(True),
-            nn.ConvTranspose2d(dim, dim, 4, 2, 1),
-            nn.BatchNorm2d(dim),
-            nn.ReLU(True),
+            *(layer for _ in range(deeper + 1) for layer in (
+                nn.ConvTranspose2d(dim, dim, 4, 2, 1), nn.BatchNorm2d(dim), nn.ReLU(True))),
             nn.ConvTranspose2d(dim, input_dim, 4, 2, 1),
             nn.Tanh(),
         )
         self.apply(_initialise)
 
-    @classmethod
-    def check_size(cls, size):
+    @staticmethod
+    def check_size(size, downsample):
         """Raise ValueError unless both sides (H, W) divide by the downsampling."""
-        if any(side % cls.downsample for side in size):
-            nearest = "x".join(str(max(cls.downsample, side // cls.downsample * cls.downsample)) for side in size)
-            raise ValueError(f"images are {size[0]}x{size[1]} but both sides must divide by {cls.downsample}: pass "
+        if any(side % downsample for side in size):
+            nearest = "x".join(str(max(downsample, side // downsample * downsample)) for side in size)
+            raise ValueError(f"images are {size[0]}x{size[1]} but both sides must divide by {downsample}: pass "
                              f"--image-size {nearest}")
 
+    def freeze_codes(self, found):
+        """Take encoder and codebook from another model's checkpoint contents, and learn the decoder alone.
+
+        Raises:
+            ValueError: that model's channels, width or number of codes differ.
+        """
+        other = VectorQuantizedVAE.rebuild(found)
+        for name in ("input_dim", "dim", "K", "downsample"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"the frozen codebook has {name} {getattr(other, name)}, this model "
+                                 f"{getattr(self, name)}: pass the flags that it was trained with")
+        self.codes_frozen = True
+        for part in ("encoder", "codebook"):
+            getattr(self, part).load_state_dict(getattr(other, part).state_dict())
+            getattr(self, part).requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.codes_frozen:  # nor do batch statistics and moving averages
+            self.encoder.eval()
+            self.codebook.eval()
+        return self
+
     def encode(self, x):
-        """Latents (B, H/4, W/4) int64 of images x (B, C, H, W) in [-1, 1]."""
+        """Latents (B, H/f, W/f) int64, f the downsampling, of images x (B, C, H, W) in [-1, 1]."""
         return self.codebook(self.encoder(x))
 
     def decode(self, latents):
-        """Images (B, C, 4h, 4w) in [-1, 1] of latents (B, h, w) int64."""
+        """Images (B, C, f h, f w) in [-1, 1] of latents (B, h, w) int64."""
         z_q = self.codebook.embedding(latents).permute(0, 3, 1, 2)  # (B, D, h, w)
         return self.decoder(z_q)
 
@@ -200,7 +231,7 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
         """Reconstruct images x (B, C, H, W) in [-1, 1].
 
         Returns:
-            x_tilde (B, C, H, W) in [-1, 1], the encoder's z_e (B, D, H/4, W/4), and its nearest codes z_q, alike.
+            x_tilde (B, C, H, W) in [-1, 1], the encoder's z_e (B, D, H/f, W/f), and its nearest codes z_q, alike.
         """
         z_e = self.encoder(x)
         z_q_st, z_q = self.codebook.straight_through(z_e)

@@ -7,6 +7,7 @@ import torch
 
 import checkpoint
 import datasets
+import distributed
 import metrics
 import report
 import training
@@ -57,7 +58,8 @@ def main():
     # Data fail here, before an old run is replaced.
     training.refuse_taken(args)
     autocast = training.autocast(device, args.precision)
-    latents = cached_latents(training.run_folder("models", args) / "latents.pt", args, found, source, vqvae, device)
+    with distributed.rank_0_first():
+        latents = cached_latents(training.run_folder("models", args) / "latents.pt", args, found, source, vqvae, device)
     train, valid, test = split_latents(latents, args, device)
     run = training.Run("prior", args, device)
     torch.manual_seed(args.seed)
@@ -77,22 +79,21 @@ def main():
         checkpoint.set_random_state(run.resumed["random"])
     if args.compile:
         model.compile()
+    network = distributed.wrap(model, device)
 
-    total_steps = args.num_epochs * len(train)
     for epoch in run.epochs():
         model.train()
         for codes, label in run.batches(train):
-            training.schedule_lr(optimizer, args, run.step, total_steps)
+            run.schedule_lr(optimizer, train)
             with autocast():
-                logits = model(codes, label if classes else None)  # (B, K, h, w)
+                logits = network(codes, label if classes else None)  # (B, K, h, w)
 
             # Each code given those above and to its left, and the class.
             loss = cross_entropy(logits, codes)
             run.check_finite(loss, {"cross-entropy": loss})
 
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            run.backward(loss)
+            run.update(optimizer)
 
             if run.log_now():
                 run.log({"loss/train/nats_per_latent": loss, "lr": optimizer.param_groups[0]["lr"]})
@@ -101,7 +102,7 @@ def main():
         values = code_length(model, valid, classes, found["data"], autocast)
         improved = run.improved(values["nats_per_latent"], larger_is_better=False)
         run.log({f"valid/{name}": value for name, value in values.items()})
-        if (epoch + 1) % args.sample_every == 0 or epoch + 1 == args.num_epochs:
+        if (epoch + 1) % args.sample_every == 0:
             images = draw_images(model, vqvae, grid_labels(classes, device), shape, args)
             run.writer.add_image("samples", report.image_rows(images.split(COLUMNS)), run.step)
         run.print_epoch(values, improved)
@@ -111,7 +112,9 @@ def main():
     values = code_length(model, test, classes, found["data"], autocast)
     usage = metrics.codebook_usage(torch.bincount(test.images.flatten().long(), minlength=model_args["input_dim"]))
     labels = grid_labels(classes, device)
-    picture = save_samples(run.models / "samples.png", draw_images(model, vqvae, labels, shape, args))
+    images = draw_images(model, vqvae, labels, shape, args)
+    run.writer.add_image("samples", report.image_rows(images.split(COLUMNS)), run.step)
+    picture = save_samples(run.models / "samples.png", images)
     uniform = torch.randint(model_args["input_dim"], (MOST_ROWS * COLUMNS, *shape), device=device)
     chance = save_samples(run.models / "samples_uniform.png", decode(vqvae, uniform))
     results = run.finish(vars(args), values | usage)
@@ -183,21 +186,25 @@ def split_latents(splits, args, device):
         splits = {split: (latents[part], labels[part]) for split, part in parts.items()}
     latents, labels = splits["train"]
     splits = splits | {"train": (latents[:args.limit], labels[:args.limit])}
-    return (LatentBatches(*splits[split], args.batch_size, device, shuffle=split == "train", seed=args.seed)
-            for split in SPLITS)
+    batches = [LatentBatches(*splits[split], args.batch_size, device, shuffle=split == "train", seed=args.seed)
+               for split in SPLITS]
+    for split in batches:
+        split.shard(distributed.rank(), distributed.world_size())
+    return batches
 
 
 @torch.no_grad()
 def code_length(model, batches, classes, data, autocast):
     """What the prior needs to code a latent (nats, bits) and, spread over it, a dimension of an image (bits)."""
     model.eval()
-    nats = latents = 0
+    nats = latents = 0.
     for codes, label in batches:
         with autocast():
             logits = model(codes, label if classes else None)
         nats += float(cross_entropy(logits, codes)) * codes.numel()
         latents += codes.numel()
     model.train()
+    nats, latents = distributed.total(torch.tensor([nats, latents], dtype=torch.float64)).tolist()
     bits = nats / latents / math.log(2)
     dimensions = data["channels"] * math.prod(data["size"])
     return {"nats_per_latent": nats / latents, "bits_per_latent": bits,

@@ -47,10 +47,39 @@ def test_shapes_of_square_and_oblong_images(channels, size):
     assert model.decode(model.encode(x)).shape == x.shape
 
 
+@pytest.mark.parametrize("downsample", [8, 16])
+def test_deeper_models_downsample_more(downsample):
+    model = VectorQuantizedVAE(3, 8, 16, downsample=downsample)
+    x_tilde, z_e, _ = model(torch.zeros(2, 3, 32, 48))
+    assert x_tilde.shape == (2, 3, 32, 48) and z_e.shape == (2, 8, 32 // downsample, 48 // downsample)
+    with pytest.raises(ValueError, match=f"divide by {downsample}: pass --image-size 32x48"):
+        model.check_size((32 + 1, 48 + downsample - 1), downsample)
+
+
+def test_frozen_codes_stay_while_the_decoder_learns():
+    torch.manual_seed(0)
+    source, model = (VectorQuantizedVAE(3, 8, 16, learner="gradient", restart_below=0.5) for _ in range(2))
+    source(torch.rand(4, 3, 16, 16))  # batch statistics of its own
+    model.freeze_codes({"model": source.state_dict(), "model_args": {"input_dim": 3, "dim": 8, "K": 16}})
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    start = {name: value.clone() for name, value in model.decoder.state_dict().items()}
+    for _ in range(3):
+        x_tilde, z_e, z_q = model.train()(torch.rand(4, 3, 16, 16))
+        (x_tilde.square().mean() + (z_e - z_q).square().mean()).backward()
+        optimizer.step()
+    for part in ("encoder", "codebook"):
+        for name, value in getattr(source, part).state_dict().items():
+            assert torch.equal(getattr(model, part).state_dict()[name], value), name
+    assert not torch.equal(model.decoder.state_dict()["0.block.1.weight"], start["0.block.1.weight"])
+    with pytest.raises(ValueError, match="K 16, this model 32"):
+        VectorQuantizedVAE(3, 8, 32).freeze_codes({"model": source.state_dict(),
+                                                   "model_args": {"input_dim": 3, "dim": 8, "K": 16}})
+
+
 def test_sides_that_do_not_divide_say_what_to_pass():
-    VectorQuantizedVAE.check_size((28, 32))
+    VectorQuantizedVAE.check_size((28, 32), 4)
     with pytest.raises(ValueError, match="--image-size 28x32"):
-        VectorQuantizedVAE.check_size((30, 32))
+        VectorQuantizedVAE.check_size((30, 32), 4)
 
 
 def gradients(loss, model):

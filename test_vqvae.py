@@ -183,3 +183,23 @@ def test_an_error_of_the_process_itself_is_one_line_and_a_status(folder):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and out == ""
     assert err == "vqvae.py: error: --data-folder nowhere does not exist or is no folder\n"
+
+
+def test_accumulated_batches_make_one_update(folder):
+    code, _, err = run(folder, "--num-epochs", "2", "--accumulate", "4")  # 6 batches an epoch: 4 and 2
+    assert code == 0, err
+    found = weights(folder)
+    assert found["counters"]["step"] == 12
+    assert {int(state["step"]) for state in found["optimizer"]["state"].values()} == {4}
+
+
+def test_a_frozen_codebook_is_that_of_its_run(folder):
+    assert run(folder, "--num-epochs", "1")[0] == 0
+    flags = ("--num-epochs", "2", "--output-folder", "frozen", "--seed", "1", "--ssim-weight", "1")
+    code, _, err = run(folder, *flags, "--frozen-codebook", "models/vqvae/best.pt")
+    assert code == 0, err
+    source, found = weights(folder, "best.pt")["model"], weights(folder, run="frozen")["model"]
+    assert all(torch.equal(found[name], value) == (not name.startswith("decoder")) for name, value in source.items()
+               if not name.endswith("num_batches_tracked"))
+    code, _, err = run(folder, *flags[2:], "--k", "32", "--overwrite", "--frozen-codebook", "models/vqvae/best.pt")
+    assert code == 2 and "K 16" in err and (folder / "models" / "frozen" / "best.pt").exists()

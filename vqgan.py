@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import autoencoder
+import distributed
 import training
 from modules import PatchDiscriminator
 
@@ -16,7 +17,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     autoencoder.add_arguments(parser, output_folder="vqgan")
     group = parser.add_argument_group("adversarial and perceptual loss")
-    group.add_argument("--disc-weight", type=training.not_negative, default=0.8, metavar="W",
+    group.add_argument("--disc-weight", type=training.not_negative, default=autoencoder.DISC_WEIGHT, metavar="W",
                        help="of the adversarial loss, on top of its adaptive weight (default %(default)s)")
     group.add_argument("--disc-start", type=training.whole, default=1000, metavar="STEPS",
                        help="steps before the discriminator starts (default %(default)s)")
@@ -34,7 +35,7 @@ def parse_args():
 def main():
     args = parse_args()
     setup = autoencoder.Setup(args)
-    model, optimizer, criterion, device = setup.model, setup.optimizer, setup.criterion, setup.device
+    optimizer, criterion, device = setup.optimizer, setup.criterion, setup.device
     PatchDiscriminator.check_size(setup.data.size, args.disc_layers)
     with torch.random.fork_rng():  # the VQ-VAE draws the same random numbers as in vqvae.py
         discriminator = PatchDiscriminator(setup.data.channels, args.disc_hidden_size, args.disc_layers)
@@ -43,10 +44,11 @@ def main():
                                       betas=DISCRIMINATOR_BETAS, fused=device.type != "mps")
     perceptual = open_perceptual(device) if args.perceptual_weight else None
     run = setup.start(discriminator=discriminator, disc_optimizer=disc_optimizer)
+    model, judge, last_layer = setup.network, distributed.wrap(discriminator, device), setup.model.decoder[-2].weight
     for _ in run.epochs():
         model.train()
         for x, _ in run.batches(setup.data.train):
-            training.schedule_lr(optimizer, args, run.step, setup.total_steps)
+            run.schedule_lr(optimizer, setup.data.train)
             adversarial = run.step >= args.disc_start
             with setup.autocast():
                 x_tilde, z_e, z_q = model(x)
@@ -65,22 +67,20 @@ def main():
             curves = {}
             if adversarial:
                 loss_generator = generator_loss(discriminator, x_tilde, setup.autocast)
-                weight = adaptive_weight(loss_reconstruction, loss_generator, model.decoder[-2].weight, args.disc_cap)
+                weight = adaptive_weight(loss_reconstruction, loss_generator, last_layer, args.disc_cap)
                 loss = loss + args.disc_weight * weight * loss_generator
                 curves = {"vqgan/lambda": weight, "loss/train/generator": loss_generator}
             run.check_finite(loss, parts)
 
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            run.backward(loss)
+            run.update(optimizer)
 
             # The discriminator against the decoder.
             if adversarial:
-                loss_discriminator, logits = discriminator_loss(discriminator, x, x_tilde, setup.autocast)
+                loss_discriminator, logits = discriminator_loss(judge, x, x_tilde, setup.autocast)
                 run.check_finite(loss_discriminator, {"discriminator": loss_discriminator})
-                disc_optimizer.zero_grad()
-                loss_discriminator.backward()
-                disc_optimizer.step()
+                run.backward(loss_discriminator)
+                run.update(disc_optimizer)
                 curves |= {"loss/train/discriminator": loss_discriminator} | logits
 
             if run.log_now():
@@ -113,8 +113,9 @@ def discriminator_loss(discriminator, x, x_tilde, autocast):
 
 def adaptive_weight(loss_reconstruction, loss_generator, last_layer, cap):
     """Ratio of the gradient norms of both losses at the decoder's last layer, at most `cap` (Esser et al., eq. 7)."""
-    norms = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
-             for loss in (loss_reconstruction, loss_generator)]
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+                 for loss in (loss_reconstruction, loss_generator)]
+    norms = [distributed.total(gradient).norm() / distributed.world_size() for gradient in gradients]
     return (norms[0] / (norms[1] + EPS)).clamp(max=cap).detach()
 
 

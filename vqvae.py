@@ -13,12 +13,11 @@ def main():
     args = parser.parse_args()
 
     setup = autoencoder.Setup(args)
-    model, optimizer, criterion = setup.model, setup.optimizer, setup.criterion
-    run = setup.start()
+    run, model, optimizer, criterion = setup.start(), setup.network, setup.optimizer, setup.criterion
     for _ in run.epochs():
         model.train()
         for x, _ in run.batches(setup.data.train):
-            training.schedule_lr(optimizer, args, run.step, setup.total_steps)
+            run.schedule_lr(optimizer, setup.data.train)
             with setup.autocast():
                 x_tilde, z_e, z_q = model(x)
 
@@ -29,9 +28,8 @@ def main():
             loss = loss_reconstruction + loss_quantization + args.beta * loss_commitment
             run.check_finite(loss, parts)
 
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            run.backward(loss)
+            run.update(optimizer)
 
             if run.log_now():
                 run.log({"loss/train/reconstruction": loss_reconstruction, "loss/train/quantization": loss_quantization,
