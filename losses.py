@@ -37,6 +37,21 @@ def _unit(x):
     return (x + 1) / 2
 
 
+def chroma(x_tilde, x):
+    """Mean absolute error of the chroma channels I and Q of YIQ: in [0, 1.2]. Keeps saturated colours from fading.
+
+    Raises:
+        ValueError: the images have no colour.
+    """
+    if x.shape[1] != 3:
+        raise ValueError(f"chroma needs images of 3 channels, got {x.shape[1]}")
+    return _chroma(_unit(x_tilde) - _unit(x)).abs().mean()
+
+
+def _chroma(x):
+    return torch.einsum("bchw,kc->bkhw", x, x.new_tensor(CHROMA))  # (B, 2, H, W)
+
+
 def psnr(x_tilde, x, ceiling=60.0):
     """Shortfall of the peak signal-to-noise ratio from `ceiling` dB, as a share of it: in [0, 1], per image, averaged.
 
@@ -51,19 +66,19 @@ SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_C1, SSIM_C2 = 0.01 ** 2, 0.03 ** 2
 
 
-def _gaussian_bands(side, like):
-    """(side - window + 1, side) matrix whose product with a column filters it by the Gaussian window, no padding."""
-    taps = torch.arange(SSIM_WINDOW, dtype=like.dtype, device=like.device) - SSIM_WINDOW // 2
-    taps = torch.exp(-taps.square() / (2 * SSIM_SIGMA ** 2))
-    starts = torch.arange(side - SSIM_WINDOW + 1, device=like.device).unsqueeze(1)
-    columns = starts + torch.arange(SSIM_WINDOW, device=like.device)
+def _gaussian_bands(side, like, window, sigma):
+    """(side - window + 1, side) matrix whose product with a column filters it by a Gaussian window, no padding."""
+    taps = torch.arange(window, dtype=like.dtype, device=like.device) - window // 2
+    taps = torch.exp(-taps.square() / (2 * sigma ** 2))
+    starts = torch.arange(side - window + 1, device=like.device).unsqueeze(1)
+    columns = starts + torch.arange(window, device=like.device)
     bands = torch.zeros(len(starts), side, dtype=like.dtype, device=like.device)
     return bands.scatter_(1, columns, (taps / taps.sum()).expand(len(starts), -1))
 
 
-def _ssim_maps(x_tilde, x):
-    """Luminance and contrast-structure maps, (B, C, H - 10, W - 10) each, of images on [0, 1]."""
-    rows, columns = _gaussian_bands(x.shape[2], x), _gaussian_bands(x.shape[3], x).t()
+def _ssim_maps(x_tilde, x, window=SSIM_WINDOW, sigma=SSIM_SIGMA):
+    """Luminance and contrast-structure maps, (B, C, H - window + 1, W - window + 1) each, of images on [0, 1]."""
+    rows, columns = (_gaussian_bands(x.shape[2], x, window, sigma), _gaussian_bands(x.shape[3], x, window, sigma).t())
     mean_tilde, mean, squares, product = (rows @ (moment @ columns) for moment in (
         x_tilde, x, x_tilde.square() + x.square(), x_tilde * x))
     mean_product, mean_squares = mean_tilde * mean, mean_tilde.square() + mean.square()
@@ -82,6 +97,26 @@ def ssim(x_tilde, x):
         raise ValueError(f"ssim needs sides of at least {SSIM_WINDOW} pixels, got {x.shape[2]}x{x.shape[3]}")
     luminance, structure = _ssim_maps(_unit(x_tilde), _unit(x))
     return 1 - (luminance * structure).mean()
+
+
+ROOT_SSIM_WINDOW, ROOT_SSIM_SIGMA, ROOT_SSIM_EPS = 5, 1.0, 1e-4
+
+
+def root_ssim(x_tilde, x):
+    """Mean over positions of the root of 1 - SSIM in windows of 5 pixels, sigma 1: in [0, 1.42].
+
+    The root makes it a metric (Brunet et al. 2012) and, as L1 to MSE, a robust one: what cannot be matched weighs less.
+    eps = 1e-4 inside the root, its own root taken off.
+
+    Raises:
+        ValueError: a side is smaller than the window.
+    """
+    if min(x.shape[2:]) < ROOT_SSIM_WINDOW:
+        raise ValueError(f"root-ssim needs sides of at least {ROOT_SSIM_WINDOW} pixels, got "
+                         f"{x.shape[2]}x{x.shape[3]}")
+    luminance, structure = _ssim_maps(_unit(x_tilde), _unit(x), ROOT_SSIM_WINDOW, ROOT_SSIM_SIGMA)
+    dissimilarity = (1 - luminance * structure).clamp(min=0)
+    return (dissimilarity + ROOT_SSIM_EPS).sqrt().mean() - math.sqrt(ROOT_SSIM_EPS)
 
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -204,8 +239,7 @@ def haarpsi(x_tilde, x):
     similarity = sum(_similarity(a, b, HAARPSI_C) for a, b in scales[:2]) / 2
     weight = torch.maximum(*scales[2])
     if x.shape[1] == 3:
-        chroma_tilde, chroma = (_mean_filtered(torch.einsum("bchw,kc->bkhw", image, image.new_tensor(CHROMA))).abs()
-                                for image in (x_tilde, x))
+        chroma_tilde, chroma = (_mean_filtered(_chroma(image)).abs() for image in (x_tilde, x))
         similarity = torch.cat([similarity, _similarity(chroma_tilde, chroma, HAARPSI_C).mean(1, keepdim=True)], 1)
         weight = torch.cat([weight, weight.mean(1, keepdim=True)], 1)
     ceiling = 1 / (1 + math.exp(-HAARPSI_ALPHA))  # of identical images; also the score where nothing has any contrast
@@ -221,8 +255,10 @@ def _mean_filtered(x):
 TERMS = {
     "mse": mse,
     "l1": l1,
+    "chroma": chroma,
     "psnr": psnr,
     "ssim": ssim,
+    "root-ssim": root_ssim,
     "ms-ssim": ms_ssim,
     "gradient": gradient,
     "gmsd": gmsd,

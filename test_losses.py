@@ -5,6 +5,7 @@ import pytest
 import pytorch_msssim
 import torch
 import torch.nn.functional as F
+from skimage.color import rgb2yiq
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import losses
@@ -29,6 +30,10 @@ def noisy(x, amount=0.2, seed=1):
 @pytest.mark.parametrize("channels, size", [(3, (32, 32)), (1, (28, 28)), (3, (24, 40))])
 def test_smallest_at_equality(name, channels, size):
     x = photo(channels, size)
+    if name == "chroma" and channels == 1:
+        with pytest.raises(ValueError, match="3 channels"):
+            TERMS[name](x, x)
+        return
     at_equality = TERMS[name](x, x)
     assert at_equality.shape == () and abs(at_equality) < 1e-5
     assert TERMS[name](noisy(x, 0.05), x) > at_equality + 1e-6
@@ -82,6 +87,26 @@ def test_ssim_against_skimage_and_pytorch_msssim(channels, size):
                                      sigma=1.5, use_sample_covariance=False) for p, q in zip(a, b)]
     assert TERMS["ssim"](y, x).item() == pytest.approx(1 - sum(skimage) / len(skimage), abs=1e-4)
     assert TERMS["ssim"](y, x).item() == pytest.approx(1 - pytorch_msssim.ssim(a, b, data_range=1.).item(), abs=1e-5)
+
+
+def test_root_ssim_against_skimages_map():
+    x, y = photo(), noisy(photo())
+    a, b = ((z + 1) / 2 for z in (y, x))
+    maps = [structural_similarity(p.numpy(), q.numpy(), channel_axis=0, data_range=1., gaussian_weights=True, sigma=1.,
+                                  truncate=2, use_sample_covariance=False, full=True)[1] for p, q in zip(a, b)]
+    expected = sum((1 - z[:, 2:-2, 2:-2].clip(max=1)) ** 0.5 for z in maps).mean() / len(maps)
+    assert TERMS["root-ssim"](y, x).item() == pytest.approx(expected, abs=ROOT_EPS ** 0.5)
+    with pytest.raises(ValueError, match="at least 5"):
+        ReconstructionLoss({"root-ssim": 1.}, shape=(3, 4, 32))
+
+
+def test_chroma_is_blind_to_grey_and_scikit_images_to_colour():
+    x = photo()
+    grey = 0.2 * torch.rand(2, 1, 32, 32)
+    assert TERMS["chroma"]((x + grey), x) < 1e-6
+    y = noisy(x)
+    a, b = (rgb2yiq(((z + 1) / 2).permute(0, 2, 3, 1).numpy()) for z in (y, x))
+    assert TERMS["chroma"](y, x).item() == pytest.approx(abs(a - b)[..., 1:].mean(), abs=1e-3)
 
 
 def test_gradients_of_ssim_and_ms_ssim_are_pytorch_msssims():
