@@ -4,9 +4,15 @@ To add a subject: write a function that returns {label: callable} with the refer
 `SUBJECTS` at the end of this file.
 """
 import argparse
+import ctypes
+import importlib
 import io
+import os
+import re
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +21,15 @@ from PIL import Image
 import checkpoint
 import report
 import training
-from datasets import Source, load
+from datasets import Batches, Source, load
+from functions import vq
 from losses import TERMS, ReconstructionLoss
 from modules import GatedPixelCNN, VectorQuantizedVAE, cross_entropy, draw
 
 HIDDEN, CODES, BATCH, SIDE = 256, 512, 128, 32  # the default model on CIFAR-sized images
+RECOMMENDED = {"l1": 1., "root-ssim": 0.5, "chroma": 1.}
+RECOMMENDED_FLAGS = "--mse-weight 0 --l1-weight 1 --root-ssim-weight 0.5 --chroma-weight 1"
+FILES, FILE_SIDE = 2048, 96  # of the image folder
 
 
 def alternate(callables, repeats):
@@ -38,6 +48,35 @@ def alternate(callables, repeats):
             if repeat:
                 seconds[label].append(time.perf_counter() - start)
     return {label: shares[label][1] * statistics.median(values) for label, values in seconds.items()}
+
+
+def extra_memory_mb(call, device):
+    """Most memory that a call holds above what was held before it, or None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would count as held before
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _status_mb("VmRSS")
+        call()
+        return _status_mb("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _status_mb(name):
+    return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def peer(package):
+    """A package to compare with, or None, and a note, where it is not installed."""
+    try:
+        return importlib.import_module(package.replace("-", "_"))
+    except ImportError:
+        print(f"left out: {package} (pip install {package})")
 
 
 # --- one step of training, images included
@@ -64,12 +103,14 @@ def _plain_step(files):
     return step
 
 
-def _our_step(batches, weights):
+def _our_step(batches, weights, compiled=False):
     """The step of vqvae.py with its default flags."""
     device = batches.device
     autocast, criterion = training.autocast(device, "auto"), ReconstructionLoss(weights)
     model = VectorQuantizedVAE(3, HIDDEN, CODES, learner="ema", data_init=True, restart_below=0.02)
     model = model.to(device, memory_format=torch.channels_last).train()
+    if compiled:
+        model.compile()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True)
 
     def step():
@@ -96,19 +137,124 @@ def training_step(device):
         files.append(buffer.getvalue())
     return {"plain float32 loop, PIL decoding": _plain_step(files),
             "vqvae.py": _our_step(batches, {"mse": 1.}),
-            "vqvae.py --ssim-weight 0.5": _our_step(batches, {"mse": 1., "ssim": 0.5})}
+            "vqvae.py --ssim-weight 0.5": _our_step(batches, {"mse": 1., "ssim": 0.5}),
+            f"vqvae.py {RECOMMENDED_FLAGS}": _our_step(batches, RECOMMENDED)}
+
+
+def compiled_step(device):
+    """The same with --compile, which needs a C++ compiler."""
+    batches = _photos(device)
+    return {"vqvae.py": _our_step(batches, {"mse": 1.}),
+            "vqvae.py --compile": _our_step(batches, {"mse": 1.}, compiled=True)}
+
+
+def _pair(count, side, device):
+    x = load("photos", Source(image_size=(side, side)), count, device).train.examples(count)
+    return (x + 0.1 * torch.randn_like(x)).clamp(-1, 1).requires_grad_(), x
+
+
+def _differentiate(term, x_tilde, x):
+    return lambda: torch.autograd.grad(term(x_tilde, x), x_tilde)
 
 
 def loss_terms(device):
     """Value and gradient of each term, beside a whole step of the default model."""
-    batches = _photos(device)
-    x = next(iter(batches))[0]
-    x_tilde = (x + 0.1 * torch.randn_like(x)).clamp(-1, 1).requires_grad_()
+    pair = _pair(BATCH, SIDE, device)
+    return {"vqvae.py step": _our_step(_photos(device), {"mse": 1.})} | {
+        name: _differentiate(term, *pair) for name, term in TERMS.items()}
 
-    def differentiate(term):
-        return lambda: torch.autograd.grad(term(x_tilde, x), x_tilde)
-    return {"vqvae.py step": _our_step(batches, {"mse": 1.})} | {
-        name: differentiate(term) for name, term in TERMS.items()}
+
+def _similarity(name, count, side):
+    def subject(device):
+        import pytorch_msssim
+        theirs, pair = getattr(pytorch_msssim, name.replace("-", "_")), _pair(count, side, device)
+        return {"pytorch-msssim": _differentiate(lambda a, b: 1 - theirs((a + 1) / 2, (b + 1) / 2, 1.), *pair),
+                f"losses.py {name}": _differentiate(TERMS[name], *pair)}
+    subject.__doc__ = f"Value and gradient of {name} on {count} images of {side}x{side}."
+    return subject
+
+
+# --- the nearest code
+
+def _search(count, codes, width):
+    def subject(device):
+        z, codebook = torch.randn(count, width, device=device), torch.randn(codes, width, device=device)
+
+        def full_matrix():
+            distances = torch.addmm((codebook ** 2).sum(1) + (z ** 2).sum(1, keepdim=True), z, codebook.t(), alpha=-2.)
+            return distances.argmin(1)
+        callables = {"addmm + argmin": full_matrix, "vq": lambda: vq(z, codebook)}
+        package = peer("vector-quantize-pytorch")
+        if package:
+            module = package.VectorQuantize(dim=width, codebook_size=codes).to(device).eval()
+            callables["vector-quantize-pytorch"] = torch.no_grad()(lambda: module(z.unsqueeze(0)))
+        return callables
+    subject.__doc__ = f"Nearest of {codes:,} codes of width {width} to {count:,} vectors."
+    return subject
+
+
+# --- images from disk
+
+def folder(device):
+    """All images of a folder once: files of 96x96 to batches of 64x64, in the first epoch and in later ones."""
+    import torchvision.transforms as T
+    from torchvision.datasets import ImageFolder
+    directory = tempfile.TemporaryDirectory()
+    crops = load("photos", Source(image_size=(FILE_SIDE, FILE_SIDE)), BATCH).train.images[:FILES]
+    (Path(directory.name) / "photos").mkdir()
+    for i, image in enumerate(crops):
+        Image.fromarray(image.numpy()).save(Path(directory.name) / "photos" / f"{i}.jpg")
+    transform = T.Compose([T.Resize(64), T.CenterCrop(64), T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)])
+    loader = torch.utils.data.DataLoader(ImageFolder(directory.name, transform), BATCH, shuffle=True,
+                                         num_workers=os.cpu_count() or 1)
+    source, kept = Source(directory.name, (64, 64)), []
+
+    def plain_epoch():
+        for x, _ in loader:
+            x.to(device)
+
+    def first_epoch():
+        data = load("folder", source, BATCH, device)
+        kept[:] = [directory, data]  # the folder lives as long as the callables do
+        later_epoch()
+
+    def later_epoch():
+        data = kept[1]
+        for split in (data.train, data.valid, data.test):
+            for _ in split:
+                pass
+    return {"ImageFolder, transforms, DataLoader": plain_epoch, "datasets.py, first epoch": first_epoch,
+            "datasets.py, later epochs": later_epoch}
+
+
+# --- growth: time per unit of work
+
+def growth_codes(device):
+    """Nearest code of 16,384 vectors of width 64, per code and vector."""
+    z, fewest = torch.randn(16384, 64, device=device), 512
+    books = {count: torch.randn(count, 64, device=device) for count in (fewest, 4096, 65536)}
+    return {f"{count:,} codes": (lambda book=book: vq(z, book), fewest / count) for count, book in books.items()}
+
+
+def growth_images(device):
+    """An epoch of batches from memory, per image."""
+    callables, fewest = {}, 5000
+    for count in (fewest, 50000):
+        images = torch.randint(256, (count, SIDE, SIDE, 3), dtype=torch.uint8)
+        batches = Batches(images, torch.zeros(count, dtype=torch.int64), BATCH, device, shuffle=True, flip=True)
+        callables[f"{count:,} images"] = (lambda batches=batches: [None for _ in batches], fewest / count)
+    return callables
+
+
+def growth_sides(device):
+    """A step of training at the same number of pixels a batch, per pixel."""
+    callables = {}
+    for side in (32, 64, 128, 256):
+        count = BATCH * SIDE ** 2 // side ** 2
+        images = torch.randint(256, (count, side, side, 3), dtype=torch.uint8)
+        batches = Batches(images, torch.zeros(count, dtype=torch.int64), count, device)
+        callables[f"{count} images of {side}x{side}"] = _our_step(batches, RECOMMENDED)
+    return callables
 
 
 # --- the prior
@@ -176,11 +322,22 @@ def _sampling(count, side, forwards):
 
 
 SUBJECTS = {
+    "vq-512x64": _search(131072, 512, 64),
+    "vq-512x256": _search(131072, 512, 256),
+    "vq-16384x64": _search(16384, 16384, 64),
     "training-step": training_step,
+    "compiled-step": compiled_step,
     "loss-terms": loss_terms,
+    "ssim-32": _similarity("ssim", 128, 32),
+    "ssim-256": _similarity("ssim", 16, 256),
+    "ms-ssim-256": _similarity("ms-ssim", 16, 256),
+    "folder": folder,
     "prior-step": prior_step,
     "sampling-8x8": _sampling(64, 8, 8),
     "sampling-32x32": _sampling(16, 32, 2),
+    "growth-codes": growth_codes,
+    "growth-images": growth_images,
+    "growth-sides": growth_sides,
 }
 
 
@@ -196,12 +353,17 @@ def main():
     if unknown:
         raise ValueError(f"no such subject: {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
     for subject in args.subjects or SUBJECTS:
-        seconds = alternate(SUBJECTS[subject](device), args.repeats)
+        callables = SUBJECTS[subject](device)
+        seconds = alternate(callables, args.repeats)
         reference = next(iter(seconds.values()))
-        results[subject] = {label: {"ms": 1000 * value, "speed_ratio": reference / value}
+        memory = {label: extra_memory_mb(call[0] if isinstance(call, tuple) else call, device)
+                  for label, call in callables.items()}
+        results[subject] = {label: {"ms": 1000 * value, "speed_ratio": reference / value, "extra_mb": memory[label]}
                             for label, value in seconds.items()}
-        rows = [[label, 1000 * value, reference / value] for label, value in seconds.items()]
-        print(report.markdown_table([subject, "ms (median)", "times as fast"], rows) + "\n", flush=True)
+        print(SUBJECTS[subject].__doc__)
+        print(report.markdown_table([subject, "ms (median)", "times as fast", "extra memory (MB)"], [
+            [label, 1000 * value, reference / value, "" if memory[label] is None else memory[label]]
+            for label, value in seconds.items()]) + "\n", flush=True)
     checkpoint.save_json(args.output, {"device": str(device), "threads": torch.get_num_threads(),
                                        "torch": torch.__version__, "repeats": args.repeats, "results": results})
 

@@ -81,7 +81,7 @@ class Batches:
         self.images, self.labels = images if self.streams else images.to(device), labels.to(device)
         self.batch_size, self.device, self.workers = batch_size, torch.device(device), workers
         self.shuffle, self.flip, self.seed = shuffle, flip, seed
-        self.skipped = 0
+        self.skipped, self._ahead = 0, None
 
     def shard(self, rank, world):
         """Yield the share of process `rank` of `world` alone: whoever goes through all shares sees each image once."""
@@ -103,51 +103,68 @@ class Batches:
 
     def epoch(self, epoch, start=0):
         """The batches of an epoch from batch number `start` on."""
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2 ** 63)
-        count = len(self.labels)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        flips = torch.rand(count, generator=generator) < 0.5 if self.flip else None
-        batches = self._share(order)[start:]
-        flipped = self._share(flips)[start:] if self.flip else [None] * len(batches)
-        for (images, labels), flip in zip(self._read(batches), flipped):
+        plan, read = self._plan(epoch)[start:], self._stream if self.streams else self._pick
+        for (images, labels), (_, flip) in zip(read(plan, epoch, start), plan):
+            if labels is None:
+                continue
             x = self._to_input(images)
             if flip is not None:
                 flip = flip[:len(x)].to(self.device).view(-1, 1, 1, 1)
                 x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
             yield x, labels
 
-    def _share(self, column):
-        return [batch.tensor_split(self.world)[self.rank] for batch in column.split(self.sizes())]
-
     def examples(self, count):
         """Batch of at most `count` images spread evenly over the split, unflipped."""
         index = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).long()
-        images, _ = next(self._read([index]))
+        images = _stack_decoded([self.images[i] for i in index])[0] if self.streams else self.images[index]
         return self._to_input(images)
+
+    def _plan(self, epoch):
+        """[(indices, flips or None)] of this process's batches of an epoch."""
+        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2 ** 63)
+        count = len(self.labels)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        flips = torch.rand(count, generator=generator) < 0.5 if self.flip else None
+        batches, flips = ([part.tensor_split(self.world)[self.rank] for part in column.split(self.sizes())]
+                          if column is not None else None for column in (order, flips))
+        return list(zip(batches, flips or [None] * len(batches)))
 
     def _to_input(self, images):
         return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
-    def _read(self, batches):
-        if not self.streams:
-            for batch in batches:
-                batch = batch.to(self.device)
-                yield self.images[batch], self.labels[batch]
-            return
-        # A generator of its own: the loader seeds its workers from it, and training's must not notice.
-        loader = torch.utils.data.DataLoader(self.images, batch_sampler=[batch.tolist() for batch in batches],
-                                             collate_fn=_stack_decoded, num_workers=self.workers,
-                                             pin_memory=self.device.type == "cuda", generator=torch.Generator())
-        skipped = 0
-        for batch, (images, kept) in zip(batches, loader):
+    def _pick(self, plan, epoch, start):
+        for batch, _ in plan:
+            batch = batch.to(self.device)
+            yield self.images[batch], self.labels[batch]
+
+    def _stream(self, plan, epoch, start):
+        """Decoded batches. Where epochs follow one another, the workers go on into the next while others compute."""
+        if not self._ahead or self._ahead[0] != (epoch, start):
+            # A generator of its own: the loader seeds its workers from it, and training's must not notice.
+            loader = torch.utils.data.DataLoader(
+                self.images, batch_sampler=self._endless(epoch, start), collate_fn=_stack_decoded,
+                num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator())
+            self._ahead = None, iter(loader)
+        decoded, self._ahead, skipped = self._ahead[1], None, 0
+        for batch, _ in plan:
+            images, kept = next(decoded)
             skipped += len(batch) - len(kept)
             if not len(kept) and self.world > 1:
                 raise ValueError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
-            if len(kept):
-                yield images, self.labels[batch[kept].to(self.device)]
+            yield (images, self.labels[batch[kept].to(self.device)]) if len(kept) else (None, None)
+        if self.shuffle:
+            self._ahead = (epoch + 1, 0), decoded
         if skipped > self.skipped:  # once, not every epoch
-            print(f"skipped {skipped} broken images of {sum(map(len, batches))}")
+            print(f"skipped {skipped} broken images of {len(self.labels)}")
             self.skipped = skipped
+
+    def _endless(self, epoch, start):
+        """Lists of indices: the batches of an epoch and, in training, of those after it."""
+        while True:
+            yield from (batch.tolist() for batch, _ in self._plan(epoch)[start:])
+            if not self.shuffle:
+                return
+            epoch, start = epoch + 1, 0
 
 
 class ImageFiles(torch.utils.data.Dataset):

@@ -87,6 +87,20 @@ def test_streaming_and_memory_yield_the_same(tmp_path, monkeypatch, flip):
             assert all(torch.equal(a, b) and torch.equal(la, lb) for (a, la), (b, lb) in pairs)
 
 
+def test_workers_go_on_into_the_next_epoch(tmp_path, monkeypatch):
+    pictures(tmp_path, 30)
+    memory = open_folder(tmp_path, flip=True)
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    streamed, loaders = open_folder(tmp_path, flip=True, workers=1), []
+    for epoch, start in ((0, 2), (1, 0), (2, 0), (2, 0)):  # resumed, two in turn, and one once more
+        pairs = list(zip(memory.train.epoch(epoch, start), streamed.train.epoch(epoch, start), strict=True))
+        assert all(torch.equal(a, b) for (a, _), (b, _) in pairs)
+        loaders.append(streamed.train._ahead[1])
+    assert loaders[0] is loaders[1] is loaders[2] and loaders[3] is not loaders[2]
+    next(streamed.train.epoch(3))  # left early: nothing to go on with
+    assert streamed.train._ahead is None
+
+
 def test_a_broken_image_is_named_or_skipped_and_counted(tmp_path, monkeypatch, capsys):
     paths = pictures(tmp_path, 30)
     paths[4].write_bytes(paths[4].read_bytes()[:40])
