@@ -21,7 +21,8 @@ from PIL import Image
 import checkpoint
 import report
 import training
-from datasets import Batches, Source, load
+from batches import Batches
+from datasets import Source, load
 from functions import vq
 from losses import TERMS, ReconstructionLoss
 from modules import GatedPixelCNN, VectorQuantizedVAE, cross_entropy, draw

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
+from batches import Batches, ImageFiles, decode_or_skip, is_grey
 from checkpoint import write_atomic
 
 IN_MEMORY_BYTES = 2 ** 32  # a data set that needs more, as uint8, streams from disk
@@ -23,10 +24,6 @@ MANY_FILES = 1024  # from here on, decoding is worth several processes
 SPLITS = ("train", "valid", "test")
 CARVED = 0.1  # share of train that becomes a split the data set does not bring
 SPLIT_SEED = 0  # splits never depend on --seed
-
-
-class BrokenImage(ValueError):
-    """An image file that does not decode."""
 
 
 @dataclass
@@ -64,168 +61,6 @@ class Data:
         """What a checkpoint keeps of it: plain values."""
         return {"name": self.name, "channels": self.channels, "size": list(self.size), "classes": self.classes,
                 "images": {split: len(getattr(self, split).labels) for split in SPLITS}}
-
-
-class Batches:
-    """Batches x (B, C, H, W) float32 in [-1, 1], channels_last on `device`, and labels (B,) int64.
-
-    Images are a (N, H, W, C) uint8 tensor, which moves to the device as a whole, or `ImageFiles`, which stream.
-    The order and the flips of an epoch depend on the seed and the epoch alone, so that a run can go on anywhere.
-    Of many processes, each yields its share of batches `world` times as large; `batch_size` is that of all together.
-    """
-
-    rank, world = 0, 1
-
-    def __init__(self, images, labels, batch_size, device="cpu", shuffle=False, flip=False, seed=0, workers=0):
-        self.streams = isinstance(images, ImageFiles)
-        self.images, self.labels = images if self.streams else images.to(device), labels.to(device)
-        self.batch_size, self.device, self.workers = batch_size, torch.device(device), workers
-        self.shuffle, self.flip, self.seed = shuffle, flip, seed
-        self.skipped, self._ahead = 0, None
-
-    def shard(self, rank, world):
-        """Yield the share of process `rank` of `world` alone: whoever goes through all shares sees each image once."""
-        self.rank, self.world = rank, world
-        self.batch_size *= world
-
-    def sizes(self):
-        """Number of images in each batch, all processes together; too few for each to have one join those before."""
-        whole, rest = divmod(len(self.labels), self.batch_size)
-        if whole and rest and rest < self.world:
-            return [self.batch_size] * (whole - 1) + [self.batch_size + rest]
-        return [self.batch_size] * whole + [rest] * bool(rest)
-
-    def __len__(self):
-        return len(self.sizes())
-
-    def __iter__(self):
-        return self.epoch(0)
-
-    def epoch(self, epoch, start=0):
-        """The batches of an epoch from batch number `start` on."""
-        plan, read = self._plan(epoch)[start:], self._stream if self.streams else self._pick
-        for (images, labels), (_, flip) in zip(read(plan, epoch, start), plan):
-            if labels is None:
-                continue
-            x = self._to_input(images)
-            if flip is not None:
-                flip = flip[:len(x)].to(self.device).view(-1, 1, 1, 1)
-                x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
-            yield x, labels
-
-    def examples(self, count):
-        """Batch of at most `count` images spread evenly over the split, unflipped."""
-        index = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).long()
-        images = _stack_decoded([self.images[i] for i in index])[0] if self.streams else self.images[index]
-        return self._to_input(images)
-
-    def _plan(self, epoch):
-        """[(indices, flips or None)] of this process's batches of an epoch."""
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2 ** 63)
-        count = len(self.labels)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        flips = torch.rand(count, generator=generator) < 0.5 if self.flip else None
-        batches, flips = ([part.tensor_split(self.world)[self.rank] for part in column.split(self.sizes())]
-                          if column is not None else None for column in (order, flips))
-        return list(zip(batches, flips or [None] * len(batches)))
-
-    def _to_input(self, images):
-        return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-    def _pick(self, plan, epoch, start):
-        for batch, _ in plan:
-            batch = batch.to(self.device)
-            yield self.images[batch], self.labels[batch]
-
-    def _stream(self, plan, epoch, start):
-        """Decoded batches. Where epochs follow one another, the workers go on into the next while others compute."""
-        if not self._ahead or self._ahead[0] != (epoch, start):
-            # A generator of its own: the loader seeds its workers from it, and training's must not notice.
-            loader = torch.utils.data.DataLoader(
-                self.images, batch_sampler=self._endless(epoch, start), collate_fn=_stack_decoded,
-                num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator())
-            self._ahead = None, iter(loader)
-        decoded, self._ahead, skipped = self._ahead[1], None, 0
-        for batch, _ in plan:
-            images, kept = next(decoded)
-            skipped += len(batch) - len(kept)
-            if not len(kept) and self.world > 1:
-                raise ValueError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
-            yield (images, self.labels[batch[kept].to(self.device)]) if len(kept) else (None, None)
-        if self.shuffle:
-            self._ahead = (epoch + 1, 0), decoded
-        if skipped > self.skipped:  # once, not every epoch
-            print(f"skipped {skipped} broken images of {len(self.labels)}")
-            self.skipped = skipped
-
-    def _endless(self, epoch, start):
-        """Lists of indices: the batches of an epoch and, in training, of those after it."""
-        while True:
-            yield from (batch.tolist() for batch, _ in self._plan(epoch)[start:])
-            if not self.shuffle:
-                return
-            epoch, start = epoch + 1, 0
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    """Image files decoded one by one to (H, W, C) uint8; a broken one raises, or is None where it may be skipped."""
-
-    def __init__(self, paths, size, channels, skip_broken=False):
-        self.paths, self.size, self.channels, self.skip_broken = paths, size, channels, skip_broken
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        return _decode_or_skip(self.paths[index], self.size, self.channels, self.skip_broken)
-
-
-def _decode_or_skip(path, size, channels, skip_broken):
-    try:
-        return decode(path, size, channels)
-    except BrokenImage:
-        if not skip_broken:
-            raise
-        return None
-
-
-class LatentBatches(Batches):
-    """Batches of latents (B, h, w) int64 and labels, from integers (N, h, w) of any kind."""
-
-    def _to_input(self, latents):
-        return latents.long()
-
-
-def _stack_decoded(images):
-    kept = torch.tensor([i for i, image in enumerate(images) if image is not None], dtype=torch.int64)
-    return torch.from_numpy(np.stack([images[i] for i in kept])) if len(kept) else None, kept
-
-
-def decode(path, size=None, channels=3):
-    """Read an image file as an array (H, W, C) uint8, resized and center-cropped to size (H, W) where one is given.
-
-    Raises:
-        BrokenImage: it does not decode. ValueError: it is colour where channels is 1.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BrokenImage(f"{path} does not decode as an image ({error}): repair or remove it, or pass --skip-broken"
-                          ) from error
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel, which Pillow would clip rather than scale
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if channels == 1 and not _is_grey(image):
-        raise ValueError(f"{path} is a colour image among greyscale ones: keep one kind in a folder")
-    image = image.convert("L" if channels == 1 else "RGB")
-    if size and image.size != (size[1], size[0]):
-        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-    return np.array(image).reshape(image.height, image.width, channels)
-
-
-def _is_grey(image):
-    return image.mode in ("1", "L", "LA") or image.mode.startswith("I") or image.mode == "F"
 
 
 def fingerprint(name, source):
@@ -430,7 +265,7 @@ def _channels_and_size(paths, source):
     for path in paths:
         try:
             with Image.open(path) as image:
-                grey, size = grey and _is_grey(image), size or (image.height, image.width)
+                grey, size = grey and is_grey(image), size or (image.height, image.width)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is listed but does not exist") from None
         except (OSError, SyntaxError, ValueError):
@@ -439,7 +274,7 @@ def _channels_and_size(paths, source):
 
 
 def _decode_all(files, labels):
-    read = partial(_decode_or_skip, size=files.size, channels=files.channels, skip_broken=files.skip_broken)
+    read = partial(decode_or_skip, size=files.size, channels=files.channels, skip_broken=files.skip_broken)
     if len(files) < MANY_FILES:
         images = [read(path) for path in files.paths]
     else:

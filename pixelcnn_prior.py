@@ -11,7 +11,8 @@ import distributed
 import metrics
 import report
 import training
-from datasets import SPLITS, LatentBatches, Source
+from batches import LatentBatches
+from datasets import SPLITS, Source
 from modules import GatedPixelCNN, VectorQuantizedVAE, cross_entropy
 
 COLUMNS, MOST_ROWS = 10, 10  # of a picture of samples: a row is a class

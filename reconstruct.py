@@ -9,7 +9,8 @@ import checkpoint
 import metrics
 import report
 import training
-from datasets import BrokenImage, decode, find_images
+from batches import BrokenImage, decode
+from datasets import find_images
 from modules import VectorQuantizedVAE
 
 MARGIN = 64  # pixels around a tile that are computed and thrown away: more than a code sees or reaches

@@ -9,8 +9,8 @@ from PIL import Image
 
 import checkpoint
 import compare
+from batches import Batches
 from conftest import call
-from datasets import Batches
 from losses import TERMS
 
 FLAGS = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import datasets
-from datasets import Batches, ImageFiles, Source, load
+from datasets import Source, load
 
 
 def pictures(folder, count, size=(8, 8), mode="RGB", seed=0, suffix=".png"):
@@ -57,50 +57,6 @@ def test_class_indices_are_those_of_sorted_names_over_all_splits(tmp_path):
     assert labels == {"train": {0, 2, 3}, "valid": {2}, "test": {1, 3}}
 
 
-def test_epochs_differ_repeat_exactly_and_start_anywhere(tmp_path):
-    pictures(tmp_path, 30)
-    train = open_folder(tmp_path, flip=True).train
-    whole = [x for x, _ in train.epoch(3)]
-    assert torch.equal(torch.cat(whole), torch.cat([x for x, _ in train.epoch(3)]))
-    assert torch.equal(torch.cat(whole[2:]), torch.cat([x for x, _ in train.epoch(3, start=2)]))
-    assert not torch.equal(whole[0], next(train.epoch(4))[0])
-    assert whole[0].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_flips_mirror_about_half_of_the_images_left_to_right():
-    pixels = torch.arange(4, dtype=torch.uint8).view(1, 1, 4, 1).expand(400, 1, 4, 1).contiguous()
-    x = next(iter(Batches(pixels, torch.zeros(400), 400, flip=True)))[0]
-    mirrored = (x[:, 0, 0, 0] > x[:, 0, 0, 3]).float().mean()
-    assert 0.4 < mirrored < 0.6 and (x.sort(3).values[0] == x.sort(3).values).all()
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_streaming_and_memory_yield_the_same(tmp_path, monkeypatch, flip):
-    pictures(tmp_path, 30)
-    memory = open_folder(tmp_path, flip=flip)
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
-    for workers in (0, 2):
-        streamed = open_folder(tmp_path, flip=flip, workers=workers)
-        assert isinstance(streamed.train.images, ImageFiles) and streamed.size == memory.size
-        for start in (0, 3):
-            pairs = list(zip(memory.train.epoch(1, start), streamed.train.epoch(1, start), strict=True))
-            assert all(torch.equal(a, b) and torch.equal(la, lb) for (a, la), (b, lb) in pairs)
-
-
-def test_workers_go_on_into_the_next_epoch(tmp_path, monkeypatch):
-    pictures(tmp_path, 30)
-    memory = open_folder(tmp_path, flip=True)
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
-    streamed, loaders = open_folder(tmp_path, flip=True, workers=1), []
-    for epoch, start in ((0, 2), (1, 0), (2, 0), (2, 0)):  # resumed, two in turn, and one once more
-        pairs = list(zip(memory.train.epoch(epoch, start), streamed.train.epoch(epoch, start), strict=True))
-        assert all(torch.equal(a, b) for (a, _), (b, _) in pairs)
-        loaders.append(streamed.train._ahead[1])
-    assert loaders[0] is loaders[1] is loaders[2] and loaders[3] is not loaders[2]
-    next(streamed.train.epoch(3))  # left early: nothing to go on with
-    assert streamed.train._ahead is None
-
-
 def test_a_broken_image_is_named_or_skipped_and_counted(tmp_path, monkeypatch, capsys):
     paths = pictures(tmp_path, 30)
     paths[4].write_bytes(paths[4].read_bytes()[:40])
@@ -130,16 +86,6 @@ def test_greyscale_folders_have_one_channel_and_mixed_ones_three(tmp_path):
     assert open_folder(tmp_path / "grey").channels == 1
     pictures(tmp_path / "colour", 12)
     assert open_folder(tmp_path).channels == 3
-
-
-def test_every_kind_of_file_decodes_to_eight_bits(tmp_path):
-    values = np.tile(np.arange(8, dtype=np.uint16) * 8192, (8, 1))
-    Image.fromarray(values).save(tmp_path / "16bit.png")
-    grey = datasets.decode(tmp_path / "16bit.png", channels=1)
-    assert grey.shape == (8, 8, 1) and abs(grey[0, :, 0].astype(int) - np.arange(8) * 32).max() <= 1
-    for mode, suffix in (("RGBA", ".png"), ("CMYK", ".jpg"), ("LA", ".png"), ("P", ".gif")):
-        Image.new(mode, (8, 4)).save(tmp_path / f"image{suffix}")
-        assert datasets.decode(tmp_path / f"image{suffix}").shape == (4, 8, 3)
 
 
 def miniimagenet(folder):

@@ -17,7 +17,6 @@ from torch import nn
 import checkpoint
 import distributed
 from conftest import HERE, call
-from datasets import Batches
 from modules import VQEmbedding
 
 SMALL = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--lr", "1e-3", "--flip",
@@ -115,22 +114,6 @@ def _check_everything(rank):
 
 def test_reductions_batch_norm_and_codebook_are_those_of_one_process():
     in_two(_check_everything)
-
-
-@pytest.mark.parametrize("count, batch", [(51, 8), (48, 8), (49, 8), (7, 8), (33, 16), (32, 16)])
-@pytest.mark.parametrize("world", [2, 3])
-def test_every_image_is_seen_once_an_epoch(count, batch, world):
-    images, labels = torch.zeros(count, 4, 4, 1, dtype=torch.uint8), torch.arange(count)
-    shares = []
-    for rank in range(world):
-        batches = Batches(images, labels, batch, shuffle=True, flip=True)
-        batches.shard(rank, world)
-        shares.append([label for _, label in batches.epoch(3)])
-        assert len(shares[-1]) == len(batches)
-    alone = [label for _, label in Batches(images, labels, batch * world, shuffle=True, flip=True).epoch(3)]
-    seen = [torch.cat(parts) for parts in zip(*shares)]
-    assert torch.equal(torch.cat(seen), torch.cat(alone)) and all(len(label) for share in shares for label in share)
-    assert torch.equal(seen[0], alone[0]) or len(alone) == 2  # the same batches, a tail too small for all aside
 
 
 # --- the scripts

@@ -6,7 +6,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import metrics
-from datasets import Batches
+from batches import Batches
 from losses import ReconstructionLoss
 from metrics import IMAGE_METRICS
 from modules import VectorQuantizedVAE
