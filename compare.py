@@ -35,7 +35,8 @@ REPORT_WEIGHTS = (1., 0.5, 0.25)
 # FID on 2,000 CIFAR-10 images over that of MSE (86.3), in the report that this project grew out of.
 REPORT_RATIOS = {"mse": "1.000", "ssim": "0.800", "mse+0.25ssim": "0.838", "ms-ssim": "0.908", "psnr": "0.949",
                  "gmsd": "> 3.13", "haarpsi": "> 3.13"} | {f"mse{w}ms-gmsd": ">= 0.971" for w in ("+", "+0.5", "+0.25")}
-MEASURED = ("psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "color_bias", "perplexity", "frechet_distance")
+MEASURED = ("psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "saturation_ratio", "color_bias", "perplexity",
+            "frechet_distance")
 PICTURES = 10  # images a row of the picture
 COSINE_BATCHES = 8
 

@@ -14,7 +14,7 @@ from features import FEATURES, measure, original_features
 from modules import VectorQuantizedVAE
 
 PICTURES = 12
-SHOWN = ("psnr", "ssim", "gradient_ratio", "high_frequency_ratio")
+SHOWN = ("psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "saturation_ratio")
 
 
 def parse_args():

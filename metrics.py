@@ -12,6 +12,7 @@ import distributed
 
 PERFECT_PSNR = 100.0  # dB, reported where an image is reproduced exactly
 _FLAT = 1e-3  # a quarter of an 8-bit step: keeps ratios finite on images without detail
+_GREY = 2e-2  # five 8-bit steps: an image with next to no colour cannot lose much
 
 
 def as_8bit(x):
@@ -62,6 +63,15 @@ def high_frequency_ratio(x_tilde, x):
     return (_high_frequency_power(x_tilde) + _FLAT ** 2) / (_high_frequency_power(x) + _FLAT ** 2)
 
 
+def _saturation(x):
+    return (x - x.mean(1, keepdim=True)).square().sum(1).sqrt().mean((1, 2))
+
+
+def saturation_ratio(x_tilde, x):
+    """Mean distance of the colours from grey, reconstruction / original: (B,). Below 1 colours fade; 1 without any."""
+    return (_saturation(x_tilde) + _GREY) / (_saturation(x) + _GREY)
+
+
 def color_bias(x_tilde, x):
     """Mean of x_tilde - x in each channel: (B, C). 0 is ideal; a common sign over a split is a colour drift."""
     return (x_tilde - x).mean((2, 3))
@@ -73,6 +83,7 @@ IMAGE_METRICS = {
     "ssim": ssim,
     "gradient_ratio": gradient_ratio,
     "high_frequency_ratio": high_frequency_ratio,
+    "saturation_ratio": saturation_ratio,
 }
 
 

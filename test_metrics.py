@@ -11,7 +11,8 @@ from losses import ReconstructionLoss
 from metrics import IMAGE_METRICS
 from modules import VectorQuantizedVAE
 
-PERFECT = {"mse": 0., "psnr": metrics.PERFECT_PSNR, "ssim": 1., "gradient_ratio": 1., "high_frequency_ratio": 1.}
+PERFECT = {"mse": 0., "psnr": metrics.PERFECT_PSNR, "ssim": 1., "gradient_ratio": 1., "high_frequency_ratio": 1.,
+           "saturation_ratio": 1.}
 
 
 def images(channels=3, size=(32, 40), count=3, seed=0):
@@ -48,6 +49,15 @@ def test_high_frequency_ratio_sees_blur_and_only_high_frequencies():
     torch.testing.assert_close(metrics.high_frequency_ratio(0.5 * x, x), torch.full((3,), 0.25), atol=1e-3, rtol=0)
     ramp = torch.linspace(0, 0.2, 40).expand(3, 3, 32, 40)
     torch.testing.assert_close(metrics.high_frequency_ratio(x + ramp, x), torch.ones(3), atol=1e-2, rtol=0)
+
+
+def test_saturation_ratio_sees_colours_fade_and_not_light():
+    x = images()
+    grey = x.mean(1, keepdim=True)
+    torch.testing.assert_close(metrics.saturation_ratio(grey + 0.5 * (x - grey), x), torch.full((3,), 0.5), atol=0.05,
+                               rtol=0)
+    torch.testing.assert_close(metrics.saturation_ratio(x + 0.1, x), torch.ones(3))
+    assert (metrics.saturation_ratio(images(1), images(1, seed=1)) == 1).all()
 
 
 def test_color_bias_is_the_mean_shift_of_each_channel():
