@@ -76,9 +76,8 @@ def main():
     at_a_time(args.jobs, runs, lambda key: train(runs[key], commands[key], threads if args.jobs > 1 else None),
               "trained")
 
-    device = training.pick_device("auto")
     test = open_test(next(iter(runs.values())))
-    network = FEATURES[args.features]().to(device, memory_format=torch.channels_last)
+    network = FEATURES[args.features]().to(test.device, memory_format=torch.channels_last)
     real = original_features(network, test)
 
     def measure_once(key):
@@ -91,19 +90,13 @@ def main():
 
     note = (f"Seeds: {args.seeds}. Test images: {len(test.labels)}. Fréchet distance through {network.description}: "
             f"comparable within this setting only. Flags: {' '.join(flags)}")
-    tables = {"table": summarise(mixes, args.seeds, figures), "matrix": loss_by_metric(mixes, args.seeds, figures),
-              "cosines": gradient_cosines(open_model(runs[BASELINE, 0], test), test)}
-    headings = {"table": note, "matrix": f"Loss by metric: value on the test split over that of {BASELINE}. A row was "
-                "trained on, a column measured.",
-                "cosines": f"Mean cosine between the terms' gradients at the reconstructions of {BASELINE}, seed 0: "
-                "terms pull together at 1, against each other below 0."}
-    text = ""
-    for name, rows in tables.items():
-        text += report.markdown_table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n\n{headings[name]}\n\n"
-        save_csv(folder / f"{name}.csv", rows)
-    checkpoint.write_atomic(folder / "table.md", text.encode())
-    checkpoint.save_json(folder / "table.json", {"note": note, **tables,
-                                                 "runs": [{"loss": n, "seed": s} | v for (n, s), v in figures.items()]})
+    text = write_tables(folder, {
+        "table": (summarise(mixes, args.seeds, figures), note),
+        "matrix": (loss_by_metric(mixes, args.seeds, figures), "Loss by metric: value on the test split over that of "
+                   f"{BASELINE}. A row was trained on, a column measured."),
+        "cosines": (gradient_cosines(open_model(runs[BASELINE, 0], test), test), "Mean cosine between the terms' "
+                    f"gradients at the reconstructions of {BASELINE}, seed 0: 1 is one direction, -1 the opposite.")},
+        [{"loss": name, "seed": seed} | values for (name, seed), values in figures.items()])
     picture = draw_picture(folder / "picture.png", [runs[name, 0] for name in mixes], test)
     plot = draw_pareto(folder / "pareto.png", mixes, args.seeds, figures)
     print(f"\n{text}picture (originals, then {', '.join(mixes)}; below, their middles enlarged): {picture}\n"
@@ -264,12 +257,23 @@ def gradient_cosines(model, test):
             for name, row in zip(names, (total / count).tolist())]
 
 
-def save_csv(path, rows):
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    checkpoint.write_atomic(path, buffer.getvalue().encode())
+def write_tables(folder, tables, runs):
+    """Tables {name: (rows, note)} as one Markdown text, a CSV file each, and a JSON file with the figures of each run.
+
+    Returns:
+        the text.
+    """
+    text = ""
+    for name, (rows, note) in tables.items():
+        text += report.markdown_table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n\n{note}\n\n"
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        checkpoint.write_atomic(folder / f"{name}.csv", buffer.getvalue().encode())
+    checkpoint.write_atomic(folder / "table.md", text.encode())
+    checkpoint.save_json(folder / "table.json", {name: rows for name, (rows, _) in tables.items()} | {"runs": runs})
+    return text
 
 
 def spread(values):

@@ -215,7 +215,7 @@ class Run:
         self.models.mkdir(parents=True, exist_ok=True)
         if self.args.resume and last.exists():
             found = checkpoint.load(last, self.kind)
-            moved = found["counters"]["world"] != distributed.world_size()
+            moved = found["counters"].get("world", 1) != distributed.world_size()
             for name in sorted(set(found["args"]) | set(args)):
                 old, new = found["args"].get(name), _plain(args.get(name))
                 if name not in FREE_ARGS and old != new and not (moved and name == "batch_size"):
@@ -224,7 +224,7 @@ class Run:
             self.epoch, self.batch, self.step = (found["counters"][name] for name in ("epoch", "batch", "step"))
             self.seconds, self.best = found["counters"]["seconds"], found["best"]
             if moved:  # batches of another size: go on at the first that is not all done
-                done = self.batch * found["args"]["batch_size"] * found["counters"]["world"]
+                done = self.batch * found["args"]["batch_size"] * found["counters"].get("world", 1)
                 self.batch = done // (args["batch_size"] * distributed.world_size())
             print(f"resuming {last} at epoch {self.epoch + 1}, step {self.step}")
             return found
