@@ -9,6 +9,7 @@ import report
 import training
 from losses import TERMS, ReconstructionLoss, ms_ssim_weights
 from modules import CODEBOOK_LEARNERS, VectorQuantizedVAE
+from runs import Run, refuse_taken
 
 MONITORS = {"loss": False, "mse": False, "psnr": True, "ssim": True}  # name -> larger is better
 TABLE = ("mse", "psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "perplexity", "used_codes")
@@ -57,7 +58,7 @@ class Setup:
         self.autocast = training.autocast(self.device, args.precision)
         weights = {name: getattr(args, f"{name.replace('-', '_')}_weight") for name in TERMS}
         ReconstructionLoss(weights, args.balance)  # wrong weights fail before data is read,
-        training.refuse_taken(args)  # and so does a folder in use
+        refuse_taken(args)  # and so does a folder in use
         with distributed.rank_0_first():
             self.data = datasets.load(args.dataset, training.source_of(args), args.batch_size, self.device, args.flip,
                                       args.seed, args.limit, args.num_workers)
@@ -79,7 +80,7 @@ class Setup:
 
     def start(self, **more):
         """Open the run, or go on with it; `more` names further modules and optimizers that its checkpoints hold."""
-        self.run = run = training.Run("vqvae", self.args, self.device)
+        self.run = run = Run("vqvae", self.args, self.device)
         loss_facts = {"weights": self.criterion.weights, "balance": self.args.balance}
         if "ms-ssim" in self.criterion.weights:
             scales = loss_facts["ms_ssim_scales"] = list(ms_ssim_weights(*self.data.size))

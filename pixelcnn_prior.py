@@ -14,6 +14,7 @@ import training
 from batches import LatentBatches
 from datasets import SPLITS, Source
 from modules import GatedPixelCNN, VectorQuantizedVAE, cross_entropy
+from runs import Run, refuse_taken, run_folder
 
 COLUMNS, MOST_ROWS = 10, 10  # of a picture of samples: a row is a class
 ENCODE_BATCH = 256
@@ -57,12 +58,12 @@ def main():
         return sample(args, vqvae, classes, shape, device)
 
     # Data fail here, before an old run is replaced.
-    training.refuse_taken(args)
+    refuse_taken(args)
     autocast = training.autocast(device, args.precision)
     with distributed.rank_0_first():
-        latents = cached_latents(training.run_folder("models", args) / "latents.pt", args, found, source, vqvae, device)
+        latents = cached_latents(run_folder("models", args) / "latents.pt", args, found, source, vqvae, device)
     train, valid, test = split_latents(latents, args, device)
-    run = training.Run("prior", args, device)
+    run = Run("prior", args, device)
     torch.manual_seed(args.seed)
     model_args = {"input_dim": found["model_args"]["K"], "dim": args.hidden_size_prior, "n_layers": args.num_layers,
                   "n_classes": len(classes)}

@@ -1,0 +1,239 @@
+"""One training run: its folders, counters, schedule, curves, checkpoints and signals."""
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+import checkpoint
+import distributed
+
+# What may change between a run and its resumption: all other flags define the run.
+FREE_ARGS = {"num_epochs", "minutes", "num_workers", "device", "resume", "overwrite", "log_every", "compile",
+             "data_folder", "no_download", "model", "sample", "label", "temperature", "top_k", "sample_every"}
+
+
+def peak_memory_mb(device):
+    """Most memory held at once so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    unit = 1 if sys.platform == "darwin" else 2 ** 10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
+
+
+def run_folder(parent, args):
+    """Where a run keeps its files under models or logs: its name and, in a SLURM job, the job's id."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return Path(parent) / (args.output_folder + (f"-{job}" if job else ""))
+
+
+def refuse_taken(args):
+    """ValueError where the output folder holds a run and neither --resume nor --overwrite is given."""
+    folder = run_folder("models", args)
+    if (folder / "args.json").exists() and not (args.resume or args.overwrite):
+        raise ValueError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
+                         "another --output-folder")
+
+
+class Run:
+    """Folders, counters, curves, checkpoints and signals of one training run.
+
+    models/<output folder>/ holds args.json, last.pt, best.pt and results.json; logs/<output folder>/ the curves.
+    Set `contents`, a function that returns what a checkpoint holds of the models, before the first batch.
+
+    Raises:
+        ValueError: the output folder holds a run and neither --resume nor --overwrite is given, or a flag that
+            defines the run differs from the run's.
+    """
+
+    def __init__(self, kind, args, device):
+        self.kind, self.args, self.device = kind, args, device
+        self.models, self.logs = run_folder("models", args), run_folder("logs", args)
+        self.epoch = self.batch = self.step = 0
+        self.seconds, self.best, self.contents = 0., None, dict  # seconds of training, validation left aside
+        self.resumed = self._open()
+        self.signal, self._started, self._bar = None, None, None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._catch)
+        self.writer = SummaryWriter(str(self.logs), purge_step=self.step if self.resumed else None,
+                                    write_to_disk=not distributed.rank())
+
+    def _open(self):
+        """The checkpoint to go on from, or None."""
+        last, args = self.models / "last.pt", vars(self.args)
+        refuse_taken(self.args)
+        distributed.barrier()  # all have looked before one writes
+        self.models.mkdir(parents=True, exist_ok=True)
+        if self.args.resume and last.exists():
+            found = checkpoint.load(last, self.kind)
+            moved = found["counters"].get("world", 1) != distributed.world_size()
+            for name in sorted(set(found["args"]) | set(args)):
+                old, new = found["args"].get(name), _plain(args.get(name))
+                if name not in FREE_ARGS and old != new and not (moved and name == "batch_size"):
+                    raise ValueError(f"{self.models} was trained with {name} {old}, now it is {new}: "
+                                     "--resume needs the same flags")
+            self.epoch, self.batch, self.step = (found["counters"][name] for name in ("epoch", "batch", "step"))
+            self.seconds, self.best = found["counters"]["seconds"], found["best"]
+            if moved:  # batches of another size: go on at the first that is not all done
+                done = self.batch * found["args"]["batch_size"] * found["counters"].get("world", 1)
+                self.batch = done // (args["batch_size"] * distributed.world_size())
+            print(f"resuming {last} at epoch {self.epoch + 1}, step {self.step}")
+            return found
+        if self.args.resume:
+            print(f"nothing to resume in {self.models}: starting anew")
+        if not distributed.rank():
+            for file in [self.models / name for name in ("last.pt", "best.pt", "results.json")] + list(
+                    self.logs.glob("events.out.tfevents.*")):
+                file.unlink(missing_ok=True)
+        checkpoint.save_json(self.models / "args.json", args)
+        return None
+
+    def _catch(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def epochs(self):
+        """Numbers of the epochs still to do; each one done is saved."""
+        if not self.resumed:
+            self.save("last.pt")
+        while not self._out_of_time() if self.args.minutes else self.epoch < self.args.num_epochs:
+            yield self.epoch
+            self.epoch, self.batch = self.epoch + 1, 0
+            self.save("last.pt")
+            self._stop_if_asked()
+
+    def batches(self, loader):
+        """Batches of the current epoch still to do, with a progress bar on a terminal; stops on SIGINT and SIGTERM."""
+        self._started, sizes = time.perf_counter(), loader.sizes()
+        with tqdm(total=len(loader.labels), initial=self.batch * loader.batch_size, unit="img", leave=False,
+                  disable=True if distributed.rank() else None, desc=self._epoch_name()) as self._bar:
+            for x, label in loader.epoch(self.epoch, self.batch):
+                # The share of this process in the mean over an update's images, times the number of processes.
+                window = self.batch // self.args.accumulate * self.args.accumulate
+                window = sizes[window:window + self.args.accumulate]
+                self._share = len(x) * distributed.world_size() / sum(window)
+                self._due = (self.batch + 1) % self.args.accumulate == 0 or self.batch + 1 == len(sizes)
+                yield x, label
+                self.batch, self.step = self.batch + 1, self.step + 1
+                self._bar.update(sizes[self.batch - 1])
+                if self._out_of_time():
+                    break
+                if self._due and self.batch < len(sizes):
+                    self._stop_if_asked()
+        self._clock()
+
+    def backward(self, loss):
+        """Add the gradient of a batch's mean loss to that of the update it belongs to."""
+        (loss * self._share).backward()
+
+    def update(self, optimizer):
+        """Step, once all batches of the update are in."""
+        if self._due:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _elapsed(self):
+        return self.seconds + (time.perf_counter() - self._started if self._started else 0.)
+
+    def _clock(self):
+        self.seconds, self._started = self._elapsed(), None
+
+    def _out_of_time(self):
+        return self.args.minutes is not None and self._time_share() >= 1
+
+    def _time_share(self):
+        return distributed.mean(self._elapsed() / (60 * self.args.minutes))  # the same on every process
+
+    def _epoch_name(self):
+        return f"epoch {self.epoch + 1}" + ("" if self.args.minutes else f"/{self.args.num_epochs}")
+
+    def schedule_lr(self, optimizer, loader):
+        """Set the learning rate of this step: linear warm-up, then constant or half a cosine down to zero at the end.
+
+        The end is that of the last epoch of `loader`, or of the time where --minutes sets one.
+        """
+        args, warmup = self.args, self.args.warmup_steps
+        scale = min(1., (self.step + 1) / (warmup + 1))
+        if args.lr_schedule == "cosine" and self.step >= warmup:
+            if args.minutes:
+                share = min(1., self._time_share())
+            else:
+                share = (self.step - warmup) / max(1, args.num_epochs * len(loader) - warmup)
+            scale = 0.5 * (1 + math.cos(math.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * scale
+
+    def _stop_if_asked(self):
+        if distributed.mean(self.signal is not None):  # on any process: all leave the loop at the same batch
+            number = self.signal or signal.SIGTERM
+            self._clock()
+            self.save("last.pt")
+            self.writer.close()
+            if not distributed.rank():
+                print(f"stopped by {signal.Signals(number).name} and saved {self.models / 'last.pt'}: "
+                      "go on with --resume", file=sys.stderr)
+            sys.exit(128 + number)
+
+    def check_finite(self, loss, parts):
+        """Raise ValueError, naming the terms, where the loss of this step is not finite."""
+        if not torch.isfinite(loss):
+            bad = [name for name, value in parts.items() if not torch.isfinite(value)]
+            raise ValueError(f"the loss is not finite at step {self.step} (epoch {self.epoch + 1}): "
+                             f"{', '.join(bad) or 'the sum'}; {self.models / 'last.pt'} keeps the last good state, "
+                             "try a lower --lr or --precision fp32")
+
+    def log_now(self):
+        return self.step % self.args.log_every == 0
+
+    def log(self, values):
+        """Add scalars {tag: value}, means over all processes, to the curves at the current step."""
+        for tag, value in values.items():
+            value = distributed.mean(value.item() if torch.is_tensor(value) else value)
+            self.writer.add_scalar(tag, value, self.step)
+
+    def show(self, **values):
+        """Values beside the progress bar."""
+        self._bar.set_postfix({name: f"{value.item():.4g}" for name, value in values.items()}, refresh=False)
+
+    def print_epoch(self, values, improved):
+        """One line of validation values."""
+        print(f"{self._epoch_name()}  " + "  ".join(
+            f"{name} {value:.4g}" for name, value in values.items()) + ("  best" if improved else ""), flush=True)
+
+    def save(self, name):
+        counters = {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds,
+                    "world": distributed.world_size()}
+        checkpoint.save(self.models / name, self.kind, {
+            "args": {name: _plain(value) for name, value in vars(self.args).items()}, "counters": counters,
+            "best": self.best, "random": checkpoint.random_state(), **self.contents()})
+        distributed.barrier()
+
+    def improved(self, value, larger_is_better):
+        """Keep a validation value if it is the best so far, and the models with it in best.pt."""
+        better = self.best is None or (value > self.best if larger_is_better else value < self.best)
+        if better:
+            self.best = value
+            self.save("best.pt")
+        return better
+
+    def finish(self, hparams, results):
+        """Write results.json and the hyper-parameters; returns the results with the run's cost."""
+        results = results | {"epochs": self.epoch, "steps": self.step, "train_seconds": round(self.seconds, 2),
+                             "ms_per_step": round(1000 * self.seconds / max(1, self.step), 3),
+                             "peak_memory_mb": round(peak_memory_mb(self.device), 1), "device": str(self.device)}
+        checkpoint.save_json(self.models / "results.json", results)
+        numbers = {f"final/{name}": value for name, value in results.items() if isinstance(value, (int, float))}
+        self.writer.add_hparams({name: value if isinstance(value, (int, float, str, bool)) else str(value)
+                                 for name, value in hparams.items()}, numbers, name="hparams", global_step=self.step)
+        self.writer.close()
+        return results
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
