@@ -119,6 +119,20 @@ def test_gradients_of_ssim_and_ms_ssim_are_pytorch_msssims():
         torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_ssim_is_pytorch_msssims_at_any_size_kind_and_number_of_channels(seed):
+    generator = torch.Generator().manual_seed(seed)
+    height, width = torch.randint(11, 90, (2,), generator=generator).tolist()
+    channels, dtype = (1, 2, 3, 4)[seed % 4], (torch.float32, torch.float64)[seed // 4]
+    x = photo(channels, (height, width), seed=seed).to(dtype)
+    image = noisy(x).requires_grad_()
+    value = TERMS["ssim"](image, x)
+    reference = 1 - pytorch_msssim.ssim((image + 1) / 2, (x + 1) / 2, data_range=1.)
+    gradients = (torch.autograd.grad(result, image)[0] for result in (value, reference))
+    assert value.item() == pytest.approx(reference.item(), abs=1e-5) and value.dtype == dtype
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
+
+
 def test_ms_ssim_uses_the_scales_that_fit():
     assert losses.ms_ssim_weights(256, 161) == losses.MS_SSIM_WEIGHTS
     weights = losses.ms_ssim_weights(32, 32)
