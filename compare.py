@@ -7,8 +7,9 @@ import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -73,20 +74,12 @@ def main():
     runs = {(name, seed): folder / f"{name}-seed{seed}" for name in mixes for seed in range(args.seeds)}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     commands = {key: command_of(mixes[key[0]], key[1], flags, args.vqgan_flags) for key in runs}
-    at_a_time(args.jobs, runs, lambda key: train(runs[key], commands[key], threads if args.jobs > 1 else None),
-              "trained")
+    in_turn(ThreadPoolExecutor(args.jobs), "trained", runs, lambda key: (train, runs[key], commands[key], threads))
 
-    test = open_test(next(iter(runs.values())))
-    network = FEATURES[args.features]().to(test.device, memory_format=torch.channels_last)
-    real = original_features(network, test)
-
-    def measure_once(key):
-        kept = runs[key] / f"compared-{args.features}.json"
-        if not kept.exists():
-            torch.set_num_threads(threads)  # of this thread
-            checkpoint.save_json(kept, measure_run(runs[key], test, network, real))
-        return checkpoint.load_json(kept)
-    figures = at_a_time(args.jobs, runs, measure_once, "measured")
+    # Processes, because two networks in threads of one slow each other down.
+    test, network = open_test(next(iter(runs.values()))), FEATURES[args.features]
+    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare_measuring, (test, network, threads))
+    figures = in_turn(pool, "measured", runs, lambda key: (measure_once, runs[key], args.features))
 
     note = (f"Seeds: {args.seeds}. Test images: {len(test.labels)}. Fréchet distance through {network.description}: "
             f"comparable within this setting only. Flags: {' '.join(flags)}")
@@ -132,11 +125,11 @@ def report_mixes():
 
 # --- runs
 
-def at_a_time(jobs, runs, work, done):
-    """{key: work(key)} of the keys of `runs`, so many at a time, with a line for each one done."""
+def in_turn(pool, done, runs, task):
+    """{key: result} of task(key) = (function, arguments...) for the keys of `runs`, with a line for each one done."""
     results = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {key: pool.submit(work, key) for key in runs}
+    with pool:
+        futures = {key: pool.submit(*task(key)) for key in runs}
         try:
             for number, (key, future) in enumerate(futures.items(), 1):
                 results[key] = future.result()
@@ -168,7 +161,7 @@ def train(run, command, threads):
         return
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.save_json(known, command)
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(run / "output.txt", "a") as output:
         done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:], "--resume", "--output-folder",
                                str(run.relative_to("models"))], stdout=output, stderr=subprocess.PIPE, text=True,
@@ -197,6 +190,23 @@ def terms_for(test):
 def open_model(run, test):
     model = VectorQuantizedVAE.rebuild(checkpoint.load(run / "best.pt", "vqvae"))
     return model.to(test.device, memory_format=torch.channels_last)
+
+
+_measuring = {}  # of a process that measures: the test split, the feature network, features of the originals
+
+
+def prepare_measuring(test, network, threads):
+    torch.set_num_threads(threads)
+    network = network().to(test.device, memory_format=torch.channels_last)
+    _measuring.update(test=test, network=network, real=original_features(network, test))
+
+
+def measure_once(run, features):
+    """Figures of a run, measured now or before."""
+    kept = run / f"compared-{features}.json"
+    if not kept.exists():
+        checkpoint.save_json(kept, measure_run(run, **_measuring))
+    return checkpoint.load_json(kept)
 
 
 def measure_run(run, test, network, real):
