@@ -40,6 +40,7 @@ MEASURED = ("psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "saturatio
             "frechet_distance")
 PICTURES = 10  # images a row of the picture
 COSINE_BATCHES = 8
+FAR = 1.3  # times the Fréchet distance of MSE: beyond it a mix is left out of the plot
 
 
 def parse_args():
@@ -306,21 +307,32 @@ def difference(values):
 # --- pictures
 
 def draw_pareto(path, mixes, seeds, figures):
-    """Fidelity against sharpness and against Fréchet distance, means over seeds; a point's area is its step's time."""
+    """PSNR against sharpness and against Fréchet distance, means over seeds, and the mixes that no other beats in both.
+
+    A point's area is its step's time. Mixes too far off to be of use are named below instead of drawn.
+    """
     from matplotlib.figure import Figure  # here, because no run needs it
     means = {name: {key: statistics.mean(figures[name, seed][key] for seed in range(seeds))
                     for key in ("psnr", "gradient_ratio", "frechet_distance", "ms_per_step")} for name in mixes}
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    for axes, key, label in zip(figure.subplots(1, 2), ("gradient_ratio", "frechet_distance"),
-                                ("gradient ratio (1 is as sharp)", "Fréchet distance (lower is better)")):
-        for name, mean in means.items():
+    far = [name for name, mean in means.items()
+           if mean["frechet_distance"] > FAR * means[BASELINE]["frechet_distance"]]
+    shown = {name: mean for name, mean in means.items() if name not in far}
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    for axes, key, sign, label in zip(figure.subplots(1, 2), ("gradient_ratio", "frechet_distance"), (1, -1),
+                                      ("gradient ratio (1 is as sharp)", "Fréchet distance (lower is better)")):
+        for number, (name, mean) in enumerate(shown.items(), 1):
             area = 60 * mean["ms_per_step"] / means[BASELINE]["ms_per_step"]
-            axes.scatter(mean["psnr"], mean[key], area, alpha=0.6)
-            axes.annotate(name, (mean["psnr"], mean[key]), xytext=(5, 3), textcoords="offset points", fontsize=8)
-        axes.set(xlabel="PSNR (dB)", ylabel=label)
+            axes.scatter(mean["psnr"], mean[key], area, alpha=0.6, label=f"{number}  {name}")
+            axes.annotate(number, (mean["psnr"], mean[key]), xytext=(5, 3), textcoords="offset points", fontsize=9)
+        front = sorted((mean["psnr"], mean[key]) for mean in shown.values() if not any(
+            other["psnr"] >= mean["psnr"] and sign * other[key] >= sign * mean[key] and other is not mean
+            for other in shown.values()))
+        axes.plot(*zip(*front), color="grey", linewidth=1, zorder=0)
+        axes.set(xlabel="PSNR (dB)" + (f"\nnot shown: {', '.join(far)}" if far else ""), ylabel=label)
         axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=100)
     checkpoint.write_atomic(path, buffer.getvalue())
     return path
 
