@@ -7,11 +7,22 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import training
 
 HERE = Path(__file__).parent
+
+
+def write_images(folder, count):
+    """Write `count` images of 16x16 pixels, two colours each, to <folder>/images."""
+    (folder / "images").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(count):
+        halves = Image.fromarray(random.choice([20, 120, 220], (1, 2, 3)).astype(np.uint8))
+        halves.resize((16, 16), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.png")
 
 
 def call(folder, script, *flags, **environment):

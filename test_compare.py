@@ -2,7 +2,6 @@
 import json
 import os
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +9,7 @@ from PIL import Image
 import checkpoint
 import compare
 from batches import Batches
-from conftest import call
+from conftest import call, write_images
 from losses import TERMS
 
 FLAGS = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",
@@ -47,10 +46,7 @@ def test_differences_are_paired_students_intervals():
 
 
 def test_a_sweep_trains_each_run_once_and_goes_on_where_it_stopped(tmp_path):
-    random = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for i in range(60):
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    write_images(tmp_path, 60)
     sweep = tmp_path / "models" / "sweep"
     code, out, err = call(tmp_path, "compare.py", "--losses", "mse", "l1=1,ssim=0.5", *FLAGS)
     assert code == 0, err
@@ -95,10 +91,7 @@ def test_gradient_cosines_are_those_of_the_pixel_terms():
 
 
 def test_vqgan_is_a_mix_and_time_a_budget(tmp_path):
-    random = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for i in range(60):
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    write_images(tmp_path, 60)
     code, out, err = call(tmp_path, "compare.py", "--losses", "vqgan", *FLAGS, "--minutes", "0.02", "--vqgan-flags",
                           "--disc-start 1 --disc-hidden-size 8")
     assert code == 0, err
@@ -110,10 +103,7 @@ def test_vqgan_is_a_mix_and_time_a_budget(tmp_path):
 
 
 def test_mixes_of_a_seed_share_initial_weights_and_order(tmp_path):
-    random = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for i in range(40):
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    write_images(tmp_path, 40)
     first = {}
     for name, flags in (("mse", ()), ("ssim", ("--ssim-weight", "1", "--mse-weight", "0"))):
         code, _, err = call(tmp_path, "vqvae.py", *FLAGS[:-2], "--output-folder", name, "--lr", "1e-12", *flags)

@@ -6,17 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import checkpoint
 import distributed
-from conftest import HERE, call
+from conftest import HERE, call, write_images
 from modules import VQEmbedding
 
 SMALL = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--lr", "1e-3", "--flip",
@@ -26,11 +24,7 @@ SMALL = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8",
 @pytest.fixture
 def folder(tmp_path):
     """A working directory with 63 images 16x16: 51 to train, so that batches of 16 leave 3: 2 + 1."""
-    (tmp_path / "images").mkdir()
-    random = np.random.default_rng(0)
-    for i in range(63):
-        halves = Image.fromarray(random.choice([20, 120, 220], (1, 2, 3)).astype(np.uint8))
-        halves.resize((16, 16), Image.Resampling.BICUBIC).save(tmp_path / "images" / f"{i}.png")
+    write_images(tmp_path, 63)
     return tmp_path
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import evaluate
 import metrics
-from conftest import call
+from conftest import call, write_images
 from modules import VectorQuantizedVAE
 from reconstruct import reconstruct
 
@@ -19,10 +19,8 @@ VQVAE = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8",
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A working directory with 60 images 16x16 and two VQ-VAEs of them."""
-    path, random = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
-    (path / "images").mkdir()
-    for i in range(60):
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path / "images" / f"{i}.png")
+    path = tmp_path_factory.mktemp("evaluate")
+    write_images(path, 60)
     for name, flags in (("a", ()), ("b", ("--ssim-weight", "1"))):
         code, _, err = call(path, "vqvae.py", *VQVAE, *flags, "--output-folder", name)
         assert code == 0, err

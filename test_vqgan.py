@@ -2,15 +2,13 @@
 import json
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
 import vqgan
-from conftest import call
+from conftest import call, write_images
 from features import PerceptualLoss
 from modules import PatchDiscriminator, VectorQuantizedVAE
 
@@ -21,10 +19,7 @@ GAN = (*SMALL, "--disc-hidden-size", "8")
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "images").mkdir()
-    random = np.random.default_rng(0)
-    for i in range(60):
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    write_images(tmp_path, 60)
     return tmp_path
 
 

@@ -2,7 +2,6 @@
 import json
 import signal
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoint
 import datasets
-from conftest import call, start, stop_after
+from conftest import call, start, stop_after, write_images
 from losses import TERMS
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
@@ -20,11 +19,7 @@ SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "8",
 @pytest.fixture
 def folder(tmp_path):
     """A working directory with a folder of 60 images 16x16, of two colours each."""
-    (tmp_path / "images").mkdir()
-    random = np.random.default_rng(0)
-    for i in range(60):
-        halves = Image.fromarray(random.choice([20, 120, 220], (1, 2, 3)).astype(np.uint8))
-        halves.resize((16, 16), Image.Resampling.BICUBIC).save(tmp_path / "images" / f"{i}.png")
+    write_images(tmp_path, 60)
     return tmp_path
 
 
