@@ -168,10 +168,15 @@ def loss_terms(device):
 def _similarity(name, count, side):
     def subject(device):
         import pytorch_msssim
-        theirs, pair = getattr(pytorch_msssim, name.replace("-", "_")), _pair(count, side, device)
-        return {"pytorch-msssim": _differentiate(lambda a, b: 1 - theirs((a + 1) / 2, (b + 1) / 2, 1.), *pair),
-                f"losses.py {name}": _differentiate(TERMS[name], *pair)}
-    subject.__doc__ = f"Value and gradient of {name} on {count} images of {side}x{side}."
+        theirs, images, callables = getattr(pytorch_msssim, name.replace("-", "_")), _pair(count, side, device), {}
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x_tilde, x = (image.detach().contiguous(memory_format=layout) for image in images)
+            pair, order = (x_tilde.requires_grad_(), x), "channels last" * (layout is torch.channels_last)
+            callables |= {f"pytorch-msssim {order}": _differentiate(
+                lambda a, b: 1 - theirs((a + 1) / 2, (b + 1) / 2, 1.), *pair),
+                f"losses.py {order}": _differentiate(TERMS[name], *pair)}
+        return callables
+    subject.__doc__ = f"Value and gradient of {name} on {count} images of {side}x{side}, in both orders of memory."
     return subject
 
 
