@@ -199,13 +199,15 @@ _measuring = {}  # of a process that measures: the test split, the feature netwo
 def prepare_measuring(test, network, threads):
     torch.set_num_threads(threads)
     network = network().to(test.device, memory_format=torch.channels_last)
-    _measuring.update(test=test, network=network, real=original_features(network, test))
+    _measuring.update(test=test, network=network)
 
 
 def measure_once(run, features):
     """Figures of a run, measured now or before."""
     kept = run / f"compared-{features}.json"
     if not kept.exists():
+        if "real" not in _measuring:  # not before a run needs it: a sweep that is drawn again measures nothing
+            _measuring["real"] = original_features(_measuring["network"], _measuring["test"])
         checkpoint.save_json(kept, measure_run(run, **_measuring))
     return checkpoint.load_json(kept)
 
