@@ -2,8 +2,9 @@
 import torch
 from torch.autograd import Function
 
-BLOCK_DISTANCES = 2 ** 20  # distances held at any one time: 4 MB of float32, so that a block stays in cache
-LEAST_ROWS = 64  # of a block: a thinner one wastes the matrix product, by a quarter at 65,536 codes
+# Vectors and codes whose distances are held at any one time: on a CPU 4 MB of float32, which its cache can hold.
+CPU_BLOCK, BLOCK = (512, 2048), (2 ** 15, 2048)
+GROUP = 64  # codes whose least distance is found at once, which is far cheaper than its index
 _CENTER_STEPS = 2 ** 12  # the center of the codebook is rounded to this fraction of the scale: see _nearest
 
 
@@ -90,10 +91,13 @@ def _nearest(inputs, codebook):
     """
     _check(inputs, codebook)
     dtype = torch.promote_types(torch.promote_types(inputs.dtype, codebook.dtype), torch.float32)
-    x, codes = inputs.reshape(-1, inputs.shape[-1]), codebook.to(dtype)  # (N, D), (K, D)
-    indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    x = inputs.reshape(-1, inputs.shape[-1])  # (N, D)
+    nearest = torch.empty(len(x), dtype=torch.int64, device=x.device)
     if len(x) == 0:
-        return indices.view(inputs.shape[:-1])
+        return nearest.view(inputs.shape[:-1])
+    group = min(GROUP, len(codebook))
+    padded = torch.arange(-(-len(codebook) // group) * group, device=x.device) % len(codebook)
+    codes = codebook[padded].to(dtype)  # whole groups: the first codes once more at the end
 
     with torch.autocast(x.device.type, enabled=False):
         largest = torch.stack([bound.to(dtype) for bound in (*x.aminmax(), *codes.aminmax())]).abs().max()
@@ -101,13 +105,25 @@ def _nearest(inputs, codebook):
         codes = codes / scale
         center = torch.round(codes.mean(0) * _CENTER_STEPS) / _CENTER_STEPS  # (D,)
         codes = codes - center
-        norms = codes.square().sum(1)  # (K,)
-        rows = max(LEAST_ROWS, BLOCK_DISTANCES // len(codes))
-        for start in range(0, len(x), rows):
-            block = x[start:start + rows].to(dtype) / scale - center
-            distances = torch.addmm(norms, block, codes.t(), alpha=-2)  # (rows, K)
-            torch.argmin(distances, dim=1, out=indices[start:start + rows])
-    return _lowest_equal_code(codebook)[indices].view(inputs.shape[:-1])
+        norms = codes.square().sum(1)
+        rows, width = CPU_BLOCK if x.device.type == "cpu" else BLOCK
+        parts = list(zip(codes.split(width), norms.split(width)))
+        buffer = codes.new_empty(min(rows, len(x)) * min(width, len(codes)))
+        for vectors, result in zip(x.split(rows), nearest.split(rows)):
+            vectors = torch.addcdiv(-center, vectors.to(dtype), scale)
+            least, index = zip(*(_least(vectors, *part, group, buffer) for part in parts))
+            part = torch.stack(least).argmin(0, keepdim=True)  # (1, rows)
+            result.copy_((torch.stack(index).gather(0, part) + part * width)[0])
+    return _lowest_equal_code(codebook)[padded][nearest].view(inputs.shape[:-1])
+
+
+def _least(vectors, codes, norms, group, buffer):
+    """Least |c|^2 - 2 x.c of each of the vectors (rows, D) over the codes, and its lowest index, both (rows,)."""
+    distances = buffer[:len(vectors) * len(codes)].view(len(vectors), len(codes))
+    distances = torch.addmm(norms, vectors, codes.t(), alpha=-2, out=distances).unflatten(1, (-1, group))
+    least, where = distances.amin(2).min(1)
+    within = distances[torch.arange(len(vectors), device=where.device), where].argmin(1)
+    return least, where * group + within
 
 
 def _lowest_equal_code(codebook):
