@@ -24,7 +24,7 @@ def add_arguments(parser, output_folder):
     group = parser.add_argument_group("reconstruction loss: weight of each term")
     for name in TERMS:
         group.add_argument(f"--{name}-weight", type=training.not_negative, default=float(name == "mse"), metavar="W",
-                           help=TERMS[name].__doc__.split(":")[0] + " (default %(default)g)")
+                           help=(TERMS[name].__doc__ or name).split(":")[0] + " (default %(default)g)")
     group.add_argument("--balance", choices=("gradient",), help="rescale each term so that the norm of its gradient "
                        "at the reconstruction is its weight times that of MSE")
     group = parser.add_argument_group("model")

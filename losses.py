@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd import Function
 
 import distributed
+from ssim_maps import ssim_maps
 
 EPS = 1e-8
 LUMA = (0.299, 0.587, 0.114)
@@ -63,28 +64,6 @@ def psnr(x_tilde, x, ceiling=60.0):
 
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-SSIM_C1, SSIM_C2 = 0.01 ** 2, 0.03 ** 2
-
-
-def _gaussian_bands(side, like, window, sigma):
-    """(side - window + 1, side) matrix whose product with a column filters it by a Gaussian window, no padding."""
-    taps = torch.arange(window, dtype=like.dtype, device=like.device) - window // 2
-    taps = torch.exp(-taps.square() / (2 * sigma ** 2))
-    starts = torch.arange(side - window + 1, device=like.device).unsqueeze(1)
-    columns = starts + torch.arange(window, device=like.device)
-    bands = torch.zeros(len(starts), side, dtype=like.dtype, device=like.device)
-    return bands.scatter_(1, columns, (taps / taps.sum()).expand(len(starts), -1))
-
-
-def _ssim_maps(x_tilde, x, window=SSIM_WINDOW, sigma=SSIM_SIGMA):
-    """Luminance and contrast-structure maps, (B, C, H - window + 1, W - window + 1) each, of images on [0, 1]."""
-    rows, columns = (_gaussian_bands(x.shape[2], x, window, sigma), _gaussian_bands(x.shape[3], x, window, sigma).t())
-    mean_tilde, mean, squares, product = (rows @ (moment @ columns) for moment in (
-        x_tilde, x, x_tilde.square() + x.square(), x_tilde * x))
-    mean_product, mean_squares = mean_tilde * mean, mean_tilde.square() + mean.square()
-    luminance = (2 * mean_product + SSIM_C1) / (mean_squares + SSIM_C1)
-    structure = (2 * (product - mean_product) + SSIM_C2) / (squares - mean_squares + SSIM_C2)
-    return luminance, structure
 
 
 def ssim(x_tilde, x):
@@ -95,7 +74,7 @@ def ssim(x_tilde, x):
     """
     if min(x.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"ssim needs sides of at least {SSIM_WINDOW} pixels, got {x.shape[2]}x{x.shape[3]}")
-    luminance, structure = _ssim_maps(_unit(x_tilde), _unit(x))
+    luminance, structure = ssim_maps(_unit(x_tilde), _unit(x), SSIM_WINDOW, SSIM_SIGMA)
     return 1 - (luminance * structure).mean()
 
 
@@ -114,7 +93,7 @@ def root_ssim(x_tilde, x):
     if min(x.shape[2:]) < ROOT_SSIM_WINDOW:
         raise ValueError(f"root-ssim needs sides of at least {ROOT_SSIM_WINDOW} pixels, got "
                          f"{x.shape[2]}x{x.shape[3]}")
-    luminance, structure = _ssim_maps(_unit(x_tilde), _unit(x), ROOT_SSIM_WINDOW, ROOT_SSIM_SIGMA)
+    luminance, structure = ssim_maps(_unit(x_tilde), _unit(x), ROOT_SSIM_WINDOW, ROOT_SSIM_SIGMA)
     dissimilarity = (1 - luminance * structure).clamp(min=0)
     return (dissimilarity + ROOT_SSIM_EPS).sqrt().mean() - math.sqrt(ROOT_SSIM_EPS)
 
@@ -144,7 +123,7 @@ def ms_ssim(x_tilde, x):
         if scale:
             padding = [side % 2 for side in x.shape[2:]]
             x_tilde, x = (F.avg_pool2d(image, 2, padding=padding) for image in (x_tilde, x))
-        luminance, structure = _ssim_maps(x_tilde, x)
+        luminance, structure = ssim_maps(x_tilde, x, SSIM_WINDOW, SSIM_SIGMA)
         last = scale == len(weights) - 1
         similarity = (luminance * structure if last else structure).mean((2, 3))  # (B, C)
         score = score * similarity.clamp(min=EPS) ** weight

@@ -124,7 +124,8 @@ def test_ssim_is_pytorch_msssims_at_any_size_kind_and_number_of_channels(seed):
     generator = torch.Generator().manual_seed(seed)
     height, width = torch.randint(11, 90, (2,), generator=generator).tolist()
     channels, dtype = (1, 2, 3, 4)[seed % 4], (torch.float32, torch.float64)[seed // 4]
-    x = photo(channels, (height, width), seed=seed).to(dtype)
+    layout = (torch.contiguous_format, torch.channels_last)[seed // 2 % 2]
+    x = photo(channels, (height, width), seed=seed).to(dtype, memory_format=layout)
     image = noisy(x).requires_grad_()
     value = TERMS["ssim"](image, x)
     reference = 1 - pytorch_msssim.ssim((image + 1) / 2, (x + 1) / 2, data_range=1.)
