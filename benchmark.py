@@ -28,8 +28,8 @@ from losses import TERMS, ReconstructionLoss
 from modules import GatedPixelCNN, VectorQuantizedVAE, cross_entropy, draw
 
 HIDDEN, CODES, BATCH, SIDE = 256, 512, 128, 32  # the default model on CIFAR-sized images
-RECOMMENDED = {"l1": 1., "root-ssim": 0.5, "chroma": 1.}
-RECOMMENDED_FLAGS = "--mse-weight 0 --l1-weight 1 --root-ssim-weight 0.5 --chroma-weight 1"
+RECOMMENDED = {"psnr": 1., "root-ssim": 0.5, "chroma": 1.}
+RECOMMENDED_FLAGS = "--mse-weight 0 --psnr-weight 1 --root-ssim-weight 0.5 --chroma-weight 1"
 FILES, FILE_SIDE = 2048, 96  # of the image folder
 
 

@@ -2,8 +2,8 @@
 import torch
 from torch.autograd import Function
 
-# Vectors and codes whose distances are held at any one time: on a CPU 4 MB of float32, which its cache can hold.
-CPU_BLOCK, BLOCK = (512, 2048), (2 ** 15, 2048)
+CPU_BLOCK, BLOCK = 2 ** 20, 2 ** 26  # distances held at any one time: 4 MB of float32 stay in a CPU's cache
+CODES = 2048  # codes that a block spans at most: more make it too thin for a fast matrix product
 GROUP = 64  # codes whose least distance is found at once, which is far cheaper than its index
 _CENTER_STEPS = 2 ** 12  # the center of the codebook is rounded to this fraction of the scale: see _nearest
 
@@ -106,9 +106,10 @@ def _nearest(inputs, codebook):
         center = torch.round(codes.mean(0) * _CENTER_STEPS) / _CENTER_STEPS  # (D,)
         codes = codes - center
         norms = codes.square().sum(1)
-        rows, width = CPU_BLOCK if x.device.type == "cpu" else BLOCK
+        width, block = min(CODES, len(codes)), CPU_BLOCK if x.device.type == "cpu" else BLOCK
+        rows = min(max(1, block // width), len(x))
         parts = list(zip(codes.split(width), norms.split(width)))
-        buffer = codes.new_empty(min(rows, len(x)) * min(width, len(codes)))
+        buffer = codes.new_empty(rows * width)
         for vectors, result in zip(x.split(rows), nearest.split(rows)):
             vectors = torch.addcdiv(-center, vectors.to(dtype), scale)
             least, index = zip(*(_least(vectors, *part, group, buffer) for part in parts))
