@@ -96,7 +96,7 @@ class Setup:
             self.criterion.load_state_dict(run.resumed["loss"]["state"])
             checkpoint.set_random_state(run.resumed["random"])
         if self.args.compile:
-            self.model.compile()
+            self.model.compile_networks()
         self.network = distributed.wrap(self.model, self.device)
         return run
 

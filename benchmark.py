@@ -111,7 +111,7 @@ def _our_step(batches, weights, compiled=False):
     model = VectorQuantizedVAE(3, HIDDEN, CODES, learner="ema", data_init=True, restart_below=0.02)
     model = model.to(device, memory_format=torch.channels_last).train()
     if compiled:
-        model.compile()
+        model.compile_networks()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True)
 
     def step():

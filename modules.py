@@ -218,6 +218,11 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
             self.codebook.eval()
         return self
 
+    def compile_networks(self):
+        """torch.compile encoder and decoder; the search between them has nothing to gain."""
+        self.encoder.compile()
+        self.decoder.compile()
+
     def encode(self, x):
         """Latents (B, H/f, W/f) int64, f the downsampling, of images x (B, C, H, W) in [-1, 1]."""
         return self.codebook(self.encoder(x))
