@@ -11,7 +11,7 @@ help:  ## list the targets
 train: $(READY)  ## train on photographs that ship with a dependency (set up on first use)
 	$(BIN)/python vqvae.py --dataset photos --hidden-size 64 --batch-size 32 --num-epochs 9 --flip \
 	    --lr 1e-3 --lr-schedule cosine --warmup-steps 100 --beta 0.25 \
-	    --mse-weight 0 --psnr-weight 1 --root-ssim-weight 0.5 --chroma-weight 1 --output-folder photos --overwrite
+	    --mse-weight 1 --ssim-weight 0.5 --output-folder photos --overwrite
 
 test: $(READY)  ## run every test
 	$(BIN)/python -m pytest
