@@ -29,7 +29,7 @@ from modules import GatedPixelCNN, VectorQuantizedVAE, cross_entropy, draw
 
 HIDDEN, CODES, BATCH, SIDE = 256, 512, 128, 32  # the default model on CIFAR-sized images
 RECOMMENDED = {"psnr": 1., "root-ssim": 0.5, "chroma": 1.}
-RECOMMENDED_FLAGS = "--mse-weight 0 --psnr-weight 1 --root-ssim-weight 0.5 --chroma-weight 1"
+RECOMMENDED_FLAGS = " ".join(f"--{name}-weight {weight:g}" for name, weight in ({"mse": 0.} | RECOMMENDED).items())
 FILES, FILE_SIDE = 2048, 96  # of the image folder
 
 

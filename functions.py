@@ -4,7 +4,7 @@ from torch.autograd import Function
 
 CPU_BLOCK, BLOCK = 2 ** 20, 2 ** 26  # distances held at any one time: 4 MB of float32 stay in a CPU's cache
 CODES = 2048  # codes that a block spans at most: more make it too thin for a fast matrix product
-GROUP = 64  # codes whose least distance is found at once, which is far cheaper than its index
+GROUP = 64  # codes whose least distance is found at once, far cheaper than its index; `CODES` is a multiple of it
 _CENTER_STEPS = 2 ** 12  # the center of the codebook is rounded to this fraction of the scale: see _nearest
 
 
