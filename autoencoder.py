@@ -27,6 +27,8 @@ def add_arguments(parser, output_folder):
                            help=(TERMS[name].__doc__ or name).split(":")[0] + " (default %(default)g)")
     group.add_argument("--balance", choices=("gradient",), help="rescale each term so that the norm of its gradient "
                        "at the reconstruction is its weight times that of MSE")
+    group.add_argument("--sharpen", type=training.not_negative, default=0., metavar="A", help="let the structural "
+                       "terms see the originals after an unsharp mask of this amount (default %(default)g)")
     group = parser.add_argument_group("model")
     group.add_argument("--hidden-size", type=training.positive_int, default=256, help="(default %(default)s)")
     group.add_argument("--k", type=training.positive_int, default=512, help="number of codes (default %(default)s)")
@@ -57,7 +59,7 @@ class Setup:
         self.args, self.device = args, training.pick_device(args.device)
         self.autocast = training.autocast(self.device, args.precision)
         weights = {name: getattr(args, f"{name.replace('-', '_')}_weight") for name in TERMS}
-        ReconstructionLoss(weights, args.balance)  # wrong weights fail before data is read,
+        ReconstructionLoss(weights, args.balance, sharpen=args.sharpen)  # wrong weights fail before data is read,
         refuse_taken(args)  # and so does a folder in use
         with distributed.rank_0_first():
             self.data = datasets.load(args.dataset, training.source_of(args), args.batch_size, self.device, args.flip,
@@ -65,7 +67,7 @@ class Setup:
         self.data.shard(distributed.rank(), distributed.world_size())
         VectorQuantizedVAE.check_size(self.data.size, args.downsample)
         shape = (self.data.channels, *self.data.size)
-        self.criterion = ReconstructionLoss(weights, args.balance, shape).to(self.device)
+        self.criterion = ReconstructionLoss(weights, args.balance, shape, args.sharpen).to(self.device)
 
         torch.manual_seed(args.seed)
         self.model_args = {"input_dim": self.data.channels, "dim": args.hidden_size, "K": args.k,
@@ -81,7 +83,7 @@ class Setup:
     def start(self, **more):
         """Open the run, or go on with it; `more` names further modules and optimizers that its checkpoints hold."""
         self.run = run = Run("vqvae", self.args, self.device)
-        loss_facts = {"weights": self.criterion.weights, "balance": self.args.balance}
+        loss_facts = {"weights": self.criterion.weights, "balance": self.args.balance, "sharpen": self.args.sharpen}
         if "ms-ssim" in self.criterion.weights:
             scales = loss_facts["ms_ssim_scales"] = list(ms_ssim_weights(*self.data.size))
             print(f"ms-ssim at {self.data.size[0]}x{self.data.size[1]}: {len(scales)} scales of weights "

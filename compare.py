@@ -29,6 +29,7 @@ from modules import VectorQuantizedVAE
 HERE = Path(__file__).parent
 BASELINE = "mse"
 VQGAN = "vqgan"  # in a mix, it stands for the discriminator, and its weight for --disc-weight
+SHARPEN = "sharpen"  # in a mix, it stands for --sharpen, and its weight for the amount
 RECIPE = ("--lr", "2e-3", "--lr-schedule", "cosine", "--beta", "0.1", "--flip")
 QUICK = ("--hidden-size", "64", "--num-epochs", "1", "--warmup-steps", "35")
 REPORT_TERMS = ("psnr", "ssim", "ms-ssim", "gradient", "gmsd", "ms-gmsd", "haarpsi")
@@ -104,8 +105,9 @@ def parse_mix(text):
     mix = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")
-        if name not in (*TERMS, VQGAN):
-            raise ValueError(f"no loss term {name!r} in {text!r}: the terms are {', '.join(TERMS)}, and {VQGAN}")
+        if name not in (*TERMS, VQGAN, SHARPEN):
+            raise ValueError(f"no loss term {name!r} in {text!r}: the terms are {', '.join((*TERMS, VQGAN))}, and "
+                             f"{SHARPEN}")
         try:
             mix[name] = training.positive(weight or str(DISC_WEIGHT if name == VQGAN else 1))
         except argparse.ArgumentTypeError as error:
@@ -143,10 +145,11 @@ def in_turn(pool, done, runs, task):
 
 def command_of(mix, seed, flags, vqgan_flags):
     """Command line of the run of a mix and a seed."""
-    terms = {name: weight for name, weight in mix.items() if name != VQGAN} or {BASELINE: 1.}
+    terms = {name: weight for name, weight in mix.items() if name in TERMS} or {BASELINE: 1.}
     weights = [part for name in TERMS for part in (f"--{name}-weight", f"{terms.get(name, 0.):g}")]
     script = ["vqgan.py", "--disc-weight", f"{mix[VQGAN]:g}", *vqgan_flags] if VQGAN in mix else ["vqvae.py"]
-    return [*script, *flags, *weights, "--seed", str(seed)]
+    sharpen = ["--sharpen", f"{mix[SHARPEN]:g}"] if SHARPEN in mix else []
+    return [*script, *flags, *weights, *sharpen, "--seed", str(seed)]
 
 
 def train(run, command, threads):

@@ -78,22 +78,28 @@ def ssim(x_tilde, x):
     return 1 - (luminance * structure).mean()
 
 
-ROOT_SSIM_WINDOW, ROOT_SSIM_SIGMA, ROOT_SSIM_EPS = 5, 1.0, 1e-4
+ROOT_SSIM_EPS = 1e-4
 
 
-def root_ssim(x_tilde, x):
-    """Mean over positions of the root of 1 - SSIM in windows of 5 pixels, sigma 1: in [0, 1.42].
-
-    The root makes it a metric (Brunet et al. 2012) and, as L1 to MSE, a robust one: what cannot be matched weighs less.
-    eps = 1e-4 inside the root, its own root taken off.
+def root_ssim_window(height, width):
+    """(pixels, sigma) of a window in proportion to the image: (3, 0.75) below 96, (5, 1) at 128, (11, 1.75) at 256.
 
     Raises:
         ValueError: a side is smaller than the window.
     """
-    if min(x.shape[2:]) < ROOT_SSIM_WINDOW:
-        raise ValueError(f"root-ssim needs sides of at least {ROOT_SSIM_WINDOW} pixels, got "
-                         f"{x.shape[2]}x{x.shape[3]}")
-    luminance, structure = ssim_maps(_unit(x_tilde), _unit(x), ROOT_SSIM_WINDOW, ROOT_SSIM_SIGMA)
+    if min(height, width) < 3:
+        raise ValueError(f"root-ssim needs sides of at least 3 pixels, got {height}x{width}")
+    radius = max(1, min(height, width) // 48)
+    return 2 * radius + 1, 0.5 + radius / 4
+
+
+def root_ssim(x_tilde, x):
+    """Mean over positions of the root of 1 - SSIM: in [0, 1.42]; windows as `root_ssim_window` says.
+
+    The root makes it a metric (Brunet et al. 2012) and, as L1 to MSE, a robust one: what cannot be matched weighs less.
+    eps = 1e-4 inside the root, its own root taken off.
+    """
+    luminance, structure = ssim_maps(_unit(x_tilde), _unit(x), *root_ssim_window(*x.shape[2:]))
     dissimilarity = (1 - luminance * structure).clamp(min=0)
     return (dissimilarity + ROOT_SSIM_EPS).sqrt().mean() - math.sqrt(ROOT_SSIM_EPS)
 
@@ -246,6 +252,19 @@ TERMS = {
 }
 
 
+PIXEL_TERMS = ("mse", "l1", "chroma", "psnr")  # all others are structural
+
+
+def sharpened(x, amount):
+    """Images x (B, C, H, W) after an unsharp mask: x + amount (x - x blurred by 3x3 binomial weights), within [-1, 1].
+
+    As targets (after Real-ESRGAN, Wang et al. 2021, arXiv 2107.10833) they give back contrast that is lost where detail
+    is uncertain and the best guess its mean.
+    """
+    blurred = F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 2, 1), 2, 1)
+    return x.lerp(blurred, -amount).clamp(-1, 1)
+
+
 class _WithGradient(Function):
     """A value whose gradient is already known."""
 
@@ -271,13 +290,15 @@ class ReconstructionLoss(nn.Module):
         balance: None, or "gradient": s_i is the ratio of the gradient norms at the reconstruction, of MSE to term i,
             (both running averages), so that a weight means the same for every term and data set.
         shape: (C, H, W) of the images, where known, to fail now rather than at the first batch.
+        sharpen: structural terms, all but `PIXEL_TERMS`, see the originals `sharpened` by this amount; 0 is not at all.
     Raises:
-        ValueError: unknown term, weight negative, NaN or infinite, all weights zero, images too small for a term.
+        ValueError: unknown term, weight or amount negative, NaN or infinite, all weights zero, images too small for a
+            term, sharpen without a structural term.
     """
 
     decay = 0.99  # of the running averages
 
-    def __init__(self, weights, balance=None, shape=None):
+    def __init__(self, weights, balance=None, shape=None, sharpen=0.):
         super().__init__()
         for name, weight in weights.items():
             if name not in TERMS:
@@ -289,7 +310,11 @@ class ReconstructionLoss(nn.Module):
             raise ValueError("all loss weights are zero: give at least one term a positive weight, say --mse-weight 1")
         if balance not in (None, "gradient"):
             raise ValueError(f"balance must be None or 'gradient', got {balance!r}")
-        self.balance, self.gradient_norms = balance, {}
+        if not math.isfinite(sharpen) or sharpen < 0:
+            raise ValueError(f"--sharpen must be finite and not negative, got {sharpen}")
+        if sharpen and not set(self.weights) - set(PIXEL_TERMS):
+            raise ValueError("--sharpen is for structural terms: give one a weight, say --root-ssim-weight 0.4")
+        self.balance, self.sharpen, self.gradient_norms = balance, sharpen, {}
         # Running norms of the terms' gradients, then of MSE's; 0 is none yet.
         self.register_buffer("average_norms", torch.zeros(len(self.weights) + 1))
         if shape:
@@ -298,7 +323,9 @@ class ReconstructionLoss(nn.Module):
     def value(self, x_tilde, x):
         """Raw values of the terms by name."""
         with torch.autocast(x.device.type, enabled=False):
-            return {name: TERMS[name](x_tilde.float(), x.float()) for name in self.weights}
+            x_tilde, x = x_tilde.float(), x.float()
+            target = sharpened(x, self.sharpen) if self.sharpen else x
+            return {name: TERMS[name](x_tilde, x if name in PIXEL_TERMS else target) for name in self.weights}
 
     def scales(self):
         """(number of terms,) what each term is multiplied by, its weight left aside."""

@@ -19,7 +19,8 @@ FLAGS = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8",
 @pytest.mark.parametrize("text, mix, name", [
     ("ssim", {"ssim": 1.}, "ssim"), ("mse=1,ssim=0.5", {"mse": 1., "ssim": 0.5}, "mse+0.5ssim"),
     ("l1,ms-ssim=.25", {"l1": 1., "ms-ssim": 0.25}, "l1+0.25ms-ssim"), ("vqgan", {"vqgan": 0.8}, "vqgan"),
-    ("l1,vqgan=0.1", {"l1": 1., "vqgan": 0.1}, "l1+0.1vqgan")])
+    ("l1,vqgan=0.1", {"l1": 1., "vqgan": 0.1}, "l1+0.1vqgan"),
+    ("l1,sharpen=0.1", {"l1": 1., "sharpen": 0.1}, "l1+0.1sharpen")])
 def test_mixes(text, mix, name):
     assert compare.parse_mix(text) == mix and compare.mix_name(mix) == name
 

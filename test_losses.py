@@ -89,15 +89,17 @@ def test_ssim_against_skimage_and_pytorch_msssim(channels, size):
     assert TERMS["ssim"](y, x).item() == pytest.approx(1 - pytorch_msssim.ssim(a, b, data_range=1.).item(), abs=1e-5)
 
 
-def test_root_ssim_against_skimages_map():
-    x, y = photo(), noisy(photo())
-    a, b = ((z + 1) / 2 for z in (y, x))
-    maps = [structural_similarity(p.numpy(), q.numpy(), channel_axis=0, data_range=1., gaussian_weights=True, sigma=1.,
-                                  truncate=2, use_sample_covariance=False, full=True)[1] for p, q in zip(a, b)]
-    expected = sum((1 - z[:, 2:-2, 2:-2].clip(max=1)) ** 0.5 for z in maps).mean() / len(maps)
-    assert TERMS["root-ssim"](y, x).item() == pytest.approx(expected, abs=ROOT_EPS ** 0.5)
-    with pytest.raises(ValueError, match="at least 5"):
-        ReconstructionLoss({"root-ssim": 1.}, shape=(3, 4, 32))
+@pytest.mark.parametrize("size, window, sigma", [((32, 40), 3, 0.75), ((128, 132), 5, 1.), ((256, 256), 11, 1.75)])
+def test_root_ssim_against_pytorch_msssim_of_each_window(size, window, sigma):
+    x = photo(size=size, count=1)
+    y = noisy(x)
+    windows = (F.unfold((z[:, :1] + 1) / 2, window)[0].t().reshape(-1, 1, window, window) for z in (y, x))
+    ssim = pytorch_msssim.ssim(*windows, data_range=1., size_average=False, win_size=window, win_sigma=sigma)
+    eps = losses.ROOT_SSIM_EPS
+    expected = (1 - ssim.clamp(max=1) + eps).sqrt().mean() - eps ** 0.5
+    assert TERMS["root-ssim"](y[:, :1], x[:, :1]).item() == pytest.approx(expected.item(), abs=1e-5)
+    with pytest.raises(ValueError, match="at least 3"):
+        ReconstructionLoss({"root-ssim": 1.}, shape=(3, 2, 32))
 
 
 def test_chroma_is_blind_to_grey_and_scikit_images_to_colour():
@@ -191,6 +193,28 @@ def test_total_and_gradient_are_those_of_the_weighted_sum():
     torch.testing.assert_close(image.grad, plain.grad)
     assert set(parts) == set(weights) and not any(part.requires_grad for part in parts.values())
     assert parts["ssim"] == TERMS["ssim"](plain, x)
+
+
+def test_sharpened_raises_the_contrast_of_detail_alone():
+    flat, x = torch.full((1, 3, 8, 8), 0.3), photo()
+    torch.testing.assert_close(losses.sharpened(flat, 0.5), flat)
+    stripes = 0.4 * (torch.arange(8) % 2 * 2 - 1).float().expand(1, 1, 8, 8)  # the binomial filter takes them to 0
+    torch.testing.assert_close(losses.sharpened(stripes, 0.5), 1.5 * stripes)
+    assert losses.sharpened(stripes, 5.).abs().max() == 1
+    blur = torch.tensor([[1., 2., 1.], [2., 4., 2.], [1., 2., 1.]]).expand(3, 1, 3, 3) / 16
+    expected = x + 0.2 * (x - F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), blur, groups=3))
+    torch.testing.assert_close(losses.sharpened(x, 0.2), expected.clamp(-1, 1))
+
+
+def test_structural_terms_see_the_sharpened_original_and_pixel_terms_the_original():
+    x, weights = photo(), dict.fromkeys(TERMS, 1.)
+    _, parts = ReconstructionLoss(weights, sharpen=0.2)(noisy(x), x)
+    for name, term in TERMS.items():
+        target = x if name in ("mse", "l1", "psnr", "chroma") else losses.sharpened(x, 0.2)
+        assert parts[name] == term(noisy(x), target)
+    for amount, terms in ((-0.1, weights), (math.nan, weights), (math.inf, weights), (0.2, {"mse": 1.})):
+        with pytest.raises(ValueError, match="--sharpen"):
+            ReconstructionLoss(terms, sharpen=amount)
 
 
 def test_no_gradient_is_computed_where_none_is_asked():
