@@ -50,7 +50,8 @@ def parse_args():
         f"--num-epochs 4; its defaults here: {' '.join(RECIPE)}")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--losses", nargs="+", metavar="MIX",
-                       help='say ssim "mse=1,ssim=0.5" vqgan (vqgan.py on MSE) "l1=1,ssim=0.5,vqgan=0.1"')
+                       help='say ssim "mse=1,ssim=0.5" "ssim=1,sharpen=0.3" vqgan (vqgan.py on MSE) '
+                       '"l1=1,ssim=0.5,vqgan=0.1"')
     group.add_argument("--preset", choices=("report",), help="each term alone, and at weights 1, 0.5, 0.25 beside MSE")
     parser.add_argument("--quick", action="store_true", help=f"train with {' '.join(QUICK)}")
     parser.add_argument("--seeds", type=training.positive_int, default=1, metavar="N", help="(default %(default)s)")

@@ -1,7 +1,8 @@
 """Reconstruction loss terms and their weighted sum.
 
 To add a term: write a function (x_tilde, x) -> scalar and give it a row in `TERMS` at the end of this file.
-Its flag, its curves, its tests and its place in comparisons follow from the row.
+Its flag, its curves, its tests and its place in comparisons follow from the row. `PIXEL_TERMS` are those that --sharpen
+leaves alone.
 
 Every term takes images (B, C, H, W) in [-1, 1] in float32, is smallest where x_tilde = x, and returns 0 there.
 """
@@ -261,7 +262,8 @@ def sharpened(x, amount):
     As targets (after Real-ESRGAN, Wang et al. 2021, arXiv 2107.10833) they give back contrast that is lost where detail
     is uncertain and the best guess its mean.
     """
-    blurred = F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 2, 1), 2, 1)
+    weights = x.new_tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]).expand(x.shape[1], 1, 3, 3) / 16
+    blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weights, groups=x.shape[1])
     return x.lerp(blurred, -amount).clamp(-1, 1)
 
 
