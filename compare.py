@@ -23,7 +23,7 @@ import report
 import training
 from autoencoder import DISC_WEIGHT
 from features import FEATURES, measure, original_features
-from losses import TERMS
+from losses import TERMS, ReconstructionLoss
 from modules import VectorQuantizedVAE
 
 HERE = Path(__file__).parent
@@ -113,7 +113,13 @@ def parse_mix(text):
             mix[name] = training.positive(weight or str(DISC_WEIGHT if name == VQGAN else 1))
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"the weight of {name} in {text!r} {error}") from None
+    ReconstructionLoss(terms_of(mix), sharpen=mix.get(SHARPEN, 0.))  # what it refuses fails before anything is trained
     return mix
+
+
+def terms_of(mix):
+    """The loss terms of a mix and their weights; MSE where it names none."""
+    return {name: weight for name, weight in mix.items() if name in TERMS} or {BASELINE: 1.}
 
 
 def mix_name(mix):
@@ -146,7 +152,7 @@ def in_turn(pool, done, runs, task):
 
 def command_of(mix, seed, flags, vqgan_flags):
     """Command line of the run of a mix and a seed."""
-    terms = {name: weight for name, weight in mix.items() if name in TERMS} or {BASELINE: 1.}
+    terms = terms_of(mix)
     weights = [part for name in TERMS for part in (f"--{name}-weight", f"{terms.get(name, 0.):g}")]
     script = ["vqgan.py", "--disc-weight", f"{mix[VQGAN]:g}", *vqgan_flags] if VQGAN in mix else ["vqvae.py"]
     sharpen = ["--sharpen", f"{mix[SHARPEN]:g}"] if SHARPEN in mix else []

@@ -20,12 +20,13 @@ FLAGS = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8",
     ("ssim", {"ssim": 1.}, "ssim"), ("mse=1,ssim=0.5", {"mse": 1., "ssim": 0.5}, "mse+0.5ssim"),
     ("l1,ms-ssim=.25", {"l1": 1., "ms-ssim": 0.25}, "l1+0.25ms-ssim"), ("vqgan", {"vqgan": 0.8}, "vqgan"),
     ("l1,vqgan=0.1", {"l1": 1., "vqgan": 0.1}, "l1+0.1vqgan"),
-    ("l1,sharpen=0.1", {"l1": 1., "sharpen": 0.1}, "l1+0.1sharpen")])
+    ("ssim,sharpen=0.1", {"ssim": 1., "sharpen": 0.1}, "ssim+0.1sharpen")])
 def test_mixes(text, mix, name):
     assert compare.parse_mix(text) == mix and compare.mix_name(mix) == name
 
 
-@pytest.mark.parametrize("text", ["sharp", "mse=", "mse=-1", "mse=nan", "mse=0", "mse;ssim", "mse=1,,ssim"])
+@pytest.mark.parametrize("text", ["sharp", "mse=", "mse=-1", "mse=nan", "mse=0", "mse;ssim", "mse=1,,ssim",
+                                  "sharpen=0.3"])
 def test_wrong_mixes_are_named(text):
     if text == "mse=":
         assert compare.parse_mix(text) == {"mse": 1.}
