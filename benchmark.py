@@ -18,14 +18,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import checkpoint
-import report
-import training
-from batches import Batches
 from datasets import Source, load
-from functions import vq
+from functions import cross_entropy, vq
+from harness import checkpoint, cli, report
+from harness.batches import Batches
 from losses import TERMS, ReconstructionLoss
-from modules import GatedPixelCNN, VectorQuantizedVAE, cross_entropy, draw
+from modules import GatedPixelCNN, VectorQuantizedVAE, draw
 
 HIDDEN, CODES, BATCH, SIDE = 256, 512, 128, 32  # the default model on CIFAR-sized images
 RECOMMENDED, SHARPEN = {"psnr": 1., "root-ssim": 0.4, "chroma": 1.}, 0.3
@@ -108,7 +106,7 @@ def _plain_step(files):
 def _our_step(batches, weights, sharpen=0., compiled=False):
     """The step of vqvae.py with its default flags."""
     device = batches.device
-    autocast, criterion = training.autocast(device, "auto"), ReconstructionLoss(weights, sharpen=sharpen)
+    autocast, criterion = cli.autocast(device, "auto"), ReconstructionLoss(weights, sharpen=sharpen)
     model = VectorQuantizedVAE(3, HIDDEN, CODES, learner="ema", data_init=True, restart_below=0.02)
     model = model.to(device, memory_format=torch.channels_last).train()
     if compiled:
@@ -287,7 +285,7 @@ def prior_step(device):
     """Update of the default prior on a batch of 8x8 latents: an epoch is as many of them."""
     codes, label = torch.randint(CODES, (BATCH, 8, 8), device=device), torch.randint(10, (BATCH,), device=device)
     x = next(iter(_photos(device)))[0].contiguous()
-    vqvae, autocast = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval(), training.autocast(device, "auto")
+    vqvae, autocast = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval(), cli.autocast(device, "auto")
     plain, ours = GatedPixelCNN(CODES).to(device), GatedPixelCNN(CODES).to(device, memory_format=torch.channels_last)
     plain_optimizer = torch.optim.Adam(plain.parameters())
     our_optimizer = torch.optim.Adam(ours.parameters(), fused=True)
@@ -351,11 +349,11 @@ SUBJECTS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)} (default all)")
-    parser.add_argument("--repeats", type=training.positive_int, default=7, help="(default %(default)s)")
+    parser.add_argument("--repeats", type=cli.positive_int, default=7, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     parser.add_argument("--output", default="benchmark.json", help="JSON file (default %(default)s)")
     args = parser.parse_args()
-    device, results = training.pick_device(args.device), {}
+    device, results = cli.pick_device(args.device), {}
     unknown = set(args.subjects) - set(SUBJECTS)
     if unknown:
         raise ValueError(f"no such subject: {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
@@ -376,4 +374,4 @@ def main():
 
 
 if __name__ == "__main__":
-    training.cli(main)
+    cli.run(main)

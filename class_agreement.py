@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
 import datasets
-import report
-import training
+from harness import checkpoint, cli, report
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
 
@@ -35,15 +33,15 @@ def main():
     parser.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py")
     parser.add_argument("--prior", required=True, metavar="PT", help="checkpoint of pixelcnn_prior.py")
     parser.add_argument("--data-folder", help="(default the VQ-VAE's)")
-    parser.add_argument("--epochs", type=training.positive_int, default=2, help="of the judge (default %(default)s)")
-    parser.add_argument("--samples", type=training.positive_int, default=100, help="a class (default %(default)s)")
-    parser.add_argument("--temperature", type=training.positive, default=1., help="(default %(default)s)")
-    parser.add_argument("--top-k", type=training.positive_int)
+    parser.add_argument("--epochs", type=cli.positive_int, default=2, help="of the judge (default %(default)s)")
+    parser.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
+    parser.add_argument("--temperature", type=cli.positive, default=1., help="(default %(default)s)")
+    parser.add_argument("--top-k", type=cli.positive_int)
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     args = parser.parse_args()
 
-    device = training.pick_device(args.device)
+    device = cli.pick_device(args.device)
     found, prior_found = checkpoint.load(args.model, "vqvae"), checkpoint.load(args.prior, "prior")
     classes = found["data"]["classes"]
     if not classes:
@@ -79,4 +77,4 @@ def main():
 
 
 if __name__ == "__main__":
-    training.cli(main)
+    cli.run(main)

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import t as student_t
 
-import checkpoint
 import datasets
 import metrics
-import report
-import training
-from autoencoder import DISC_WEIGHT
-from features import FEATURES, measure, original_features
+from evaluation import measure, original_features
+from experiment import DISC_WEIGHT
+from features import FEATURES
+from harness import checkpoint, cli, report
 from losses import TERMS, ReconstructionLoss
 from modules import VectorQuantizedVAE
 
@@ -54,8 +53,8 @@ def parse_args():
                        '"l1=1,ssim=0.5,vqgan=0.1"')
     group.add_argument("--preset", choices=("report",), help="each term alone, and at weights 1, 0.5, 0.25 beside MSE")
     parser.add_argument("--quick", action="store_true", help=f"train with {' '.join(QUICK)}")
-    parser.add_argument("--seeds", type=training.positive_int, default=1, metavar="N", help="(default %(default)s)")
-    parser.add_argument("--jobs", type=training.positive_int, default=1, metavar="N", help="runs at a time, "
+    parser.add_argument("--seeds", type=cli.positive_int, default=1, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--jobs", type=cli.positive_int, default=1, metavar="N", help="runs at a time, "
                         "sharing the cores (default %(default)s; 2 small models on 2 cores are faster than 1)")
     parser.add_argument("--vqgan-flags", type=shlex.split, default=[], metavar="FLAGS",
                         help='for vqgan.py alone, say "--disc-start 500"')
@@ -110,7 +109,7 @@ def parse_mix(text):
             raise ValueError(f"no loss term {name!r} in {text!r}: the terms are {', '.join((*TERMS, VQGAN))}, and "
                              f"{SHARPEN}")
         try:
-            mix[name] = training.positive(weight or str(DISC_WEIGHT if name == VQGAN else 1))
+            mix[name] = cli.positive(weight or str(DISC_WEIGHT if name == VQGAN else 1))
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"the weight of {name} in {text!r} {error}") from None
     ReconstructionLoss(terms_of(mix), sharpen=mix.get(SHARPEN, 0.))  # what it refuses fails before anything is trained
@@ -183,7 +182,7 @@ def train(run, command, threads):
 
 def open_test(run):
     found = checkpoint.load(run / "best.pt", "vqvae")
-    return datasets.load(found["data"]["name"], datasets.Source.of(found), 128, training.pick_device("auto")).test
+    return datasets.load(found["data"]["name"], datasets.Source.of(found), 128, cli.pick_device("auto")).test
 
 
 def terms_for(test):
@@ -226,10 +225,10 @@ def measure_run(run, test, network, real):
     """Figures of a finished run on the test split, the largest colour bias of a channel by size, terms and cost."""
     terms = dict.fromkeys(terms_for(test), 0.)
 
-    def see(x_tilde, x):
+    def on_batch(x_tilde, x):
         for name in terms:
             terms[name] += float(TERMS[name](2 * x_tilde - 1, 2 * x - 1)) * len(x) / len(test.labels)
-    _, figures = measure(open_model(run, test), test, network, real, see)
+    _, figures = measure(open_model(run, test), test, network=network, real=real, on_batch=on_batch)
     figures["color_bias"] = max((v for name, v in figures.items() if name.startswith("color_bias_")), key=abs)
     figures["terms"] = terms
     cost = checkpoint.load_json(run / "results.json")
@@ -360,4 +359,4 @@ def draw_picture(path, runs, test):
 
 
 if __name__ == "__main__":
-    training.cli(main)
+    cli.run(main)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import training
+from harness import cli
 
 HERE = Path(__file__).parent
 
@@ -35,7 +35,7 @@ def call(folder, script, *flags, **environment):
         for name, value in environment.items():
             patch.setenv(name, value)
         try:
-            training.cli(importlib.import_module(script.removesuffix(".py")).main)
+            cli.run(importlib.import_module(script.removesuffix(".py")).main)
             code = 0
         except SystemExit as stop:
             code = stop.code

@@ -16,14 +16,41 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from batches import Batches, ImageFiles, decode_or_skip, is_grey
-from checkpoint import write_atomic
+from harness import cli, distributed
+from harness.batches import Batches
+from harness.checkpoint import write_atomic
+from harness.images import ImageFiles, decode_or_skip, find_images, is_grey
 
 IN_MEMORY_BYTES = 2 ** 32  # a data set that needs more, as uint8, streams from disk
 MANY_FILES = 1024  # from here on, decoding is worth several processes
 SPLITS = ("train", "valid", "test")
 CARVED = 0.1  # share of train that becomes a split the data set does not bring
 SPLIT_SEED = 0  # splits never depend on --seed
+
+
+def add_arguments(parser):
+    """Flags of the data set, for scripts that are told which."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, default="photos", help="(default %(default)s)")
+    group.add_argument("--image-size", type=cli.image_size, metavar="N|HxW", help="resize and center-crop the images")
+    group.add_argument("--flip", action="store_true", help="mirror half of the training images")
+    add_folder_arguments(group)
+
+
+def add_folder_arguments(group, folder="data"):
+    """Flags of where a data set is and how it is read."""
+    group.add_argument("--data-folder", default=folder, help="where the data set is, or is downloaded to")
+    group.add_argument("--no-download", action="store_true", help="fail where the data set is not on disk")
+    group.add_argument("--skip-broken", action="store_true", help="go on without images that do not decode")
+    group.add_argument("--limit", type=cli.positive_int, metavar="N", help="use N training images, for quick looks")
+    cores = (os.cpu_count() or 2) // distributed.local_world_size()
+    group.add_argument("--num-workers", type=cli.whole, default=max(1, cores - 1),
+                       help="processes that decode images where a data set streams from disk (default %(default)s)")
+
+
+def source_of(args):
+    """The `Source` that the flags of a script name."""
+    return Source(args.data_folder, args.image_size, not args.no_download, args.skip_broken)
 
 
 @dataclass
@@ -192,13 +219,6 @@ def _resized(images, size):
 
 
 # --- folders of image files
-
-def find_images(folder):
-    """Sorted paths of the image files under a folder, judged by their endings."""
-    endings = Image.registered_extensions()
-    return sorted(Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names
-                  if Path(name).suffix.lower() in endings and not name.startswith("."))
-
 
 def _existing(folder):
     folder = Path(folder)

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import datasets
 import metrics
-import report
-import training
-from features import FEATURES, measure, original_features
+from evaluation import measure, original_features
+from features import FEATURES
+from harness import checkpoint, cli, report
 from modules import VectorQuantizedVAE
 
 PICTURES = 12
@@ -25,8 +24,8 @@ def parse_args():
                         help="network of the Fréchet and kernel distances (default %(default)s)")
     parser.add_argument("--no-features", action="store_true", help="leave these distances out")
     parser.add_argument("--lpips", action="store_true", help="add LPIPS (torchmetrics; downloads its weights)")
-    parser.add_argument("--batch-size", type=training.positive_int, default=128, help="(default %(default)s)")
-    parser.add_argument("--num-workers", type=training.whole, default=1, help="(default %(default)s)")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default %(default)s)")
+    parser.add_argument("--num-workers", type=cli.whole, default=1, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     parser.add_argument("--output", default="evaluation", metavar="FOLDER", help="(default %(default)s)")
     return parser.parse_args()
@@ -34,7 +33,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = training.pick_device(args.device)
+    device = cli.pick_device(args.device)
     found = {path: checkpoint.load(path, "vqvae") for path in args.model}
     facts = next(iter(found.values()))["data"]
     for path, contents in found.items():
@@ -73,7 +72,8 @@ def short_names(paths):
 def evaluate(model, test, network, real, lpips):
     """Every figure of a model: means, "<name>_interval" 95% bootstrap intervals, distances of features."""
     distances = []
-    values, figures = measure(model, test, network, real, see=lpips and (lambda *pair: distances.append(lpips(*pair))))
+    values, figures = measure(model, test, network=network, real=real,
+                              on_batch=lpips and (lambda *pair: distances.append(lpips(*pair))))
     if lpips:
         values["lpips"] = torch.cat(distances)
         figures["lpips"] = float(values["lpips"].mean())
@@ -121,4 +121,4 @@ def table(results, setting):
 
 
 if __name__ == "__main__":
-    training.cli(main)
+    cli.run(main)

@@ -12,8 +12,6 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-import metrics
-
 CPU_BATCH = 16  # images at a time whose activations a processor's cache can hold: 2 to 3 times as fast as 128
 SUBSET, SUBSETS = 1000, 20  # images a subset and subsets of the kernel distance
 
@@ -48,37 +46,6 @@ class EffNetLite0(nn.Module):
     def _pooled(self, x):
         x = F.interpolate(x.expand(-1, 3, -1, -1), (self.side, self.side), mode="bilinear", antialias=True)
         return self.network.extract_features((x * 255 - 127) / 128).mean((2, 3))
-
-
-class PerceptualLoss(nn.Module):
-    """Distance of EfficientNet-Lite0 features at four depths, each position's features scaled to unit length.
-
-    The form of LPIPS (Zhang et al. 2018, arXiv 1801.03924) without its weights learnt from human judgements.
-    forward: x_tilde, x (B, 1 or 3, H, W) in [-1, 1] -> scalar in [0, 4]; differentiable in x_tilde.
-    """
-
-    blocks = (0, 2, 4, 10)  # the last before each halving of the picture
-
-    def __init__(self):
-        super().__init__()
-        self.network = EffNetLite0().network.requires_grad_(False)
-
-    def _features(self, x):
-        network = self.network
-        x = network._swish(network._bn0(network._conv_stem(x.expand(-1, 3, -1, -1) * (127.5 / 128) + 0.5 / 128)))
-        for i, block in enumerate(network._blocks[:max(self.blocks) + 1]):
-            x = block(x)
-            if i in self.blocks:
-                yield F.normalize(x.float(), dim=1)
-
-    def train(self, mode=True):
-        return super().train(False)  # its batch statistics are ImageNet's
-
-    def forward(self, x_tilde, x):
-        with torch.no_grad():
-            originals = list(self._features(x))
-        pairs = zip(self._features(x_tilde), originals)
-        return sum((a - b).square().sum(1).mean() for a, b in pairs) / len(self.blocks)
 
 
 class Inception(nn.Module):
@@ -118,43 +85,12 @@ class _Given(nn.Module):
         return features
 
 
-def original_features(network, loader):
-    """Features (N, D) of the originals x (B, C, H, W) in [-1, 1] that a loader yields."""
-    return torch.cat([network((x + 1) / 2) for x, _ in loader])
-
-
-def measure(model, loader, network=None, real=None, see=None):
-    """Everything there is to say of a model on a split.
-
-    Args:
-        model, loader, see: as for `metrics.per_image`. network: a feature network, or None to leave the distances out.
-        real: `original_features` of the split.
-    Returns:
-        values: {name: (N,)}, an entry an image. figures: their means, `codebook_usage`, and frechet_distance,
-        kernel_distance and kernel_distance_sd.
-    """
-    fake = []
-
-    def look(x_tilde, x):
-        if network:
-            fake.append(network(x_tilde))
-        if see:
-            see(x_tilde, x)
-
-    values, counts = metrics.per_image(model, loader, see=look)
-    figures = {name: float(value.mean()) for name, value in values.items()} | metrics.codebook_usage(counts)
-    if network:
-        frechet, (kernel, deviation) = frechet_and_kernel_distance(torch.cat(fake), real)
-        figures |= {"frechet_distance": frechet, "kernel_distance": kernel, "kernel_distance_sd": deviation}
-    return values, figures
-
-
 def frechet_and_kernel_distance(fake, real):
     """Distances between features (N, D) of reconstructions and of originals.
 
     Returns:
-        Fréchet distance |m - m'|^2 + tr(S + S' - 2 (S S')^1/2) (Heusel et al. 2017), and the unbiased kernel distance
-        (squared MMD, cubic kernel, Binkowski et al. 2018) as its mean and its standard deviation over subsets.
+        dict: frechet_distance |m - m'|^2 + tr(S + S' - 2 (S S')^1/2) (Heusel et al. 2017); kernel_distance, unbiased
+        (squared MMD, cubic kernel, Binkowski et al. 2018), and kernel_distance_sd over subsets.
     """
     frechet = FrechetInceptionDistance(feature=_Given(fake.shape[1])).set_dtype(torch.float64)
     with warnings.catch_warnings():
@@ -165,4 +101,5 @@ def frechet_and_kernel_distance(fake, real):
         metric.update(real.cpu(), real=True)
         metric.update(fake.cpu(), real=False)
     mean, deviation = kernel.compute()
-    return float(frechet.compute()), (float(mean), float(deviation))
+    return {"frechet_distance": float(frechet.compute()), "kernel_distance": float(mean),
+            "kernel_distance_sd": float(deviation)}

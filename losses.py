@@ -11,10 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import Function
 
-import distributed
-from ssim_maps import ssim_maps
+from functions import ssim_maps, with_gradient
+from harness import distributed
 
 EPS = 1e-8
 LUMA = (0.299, 0.587, 0.114)
@@ -267,20 +266,6 @@ def sharpened(x, amount):
     return x.lerp(blurred, -amount).clamp(-1, 1)
 
 
-class _WithGradient(Function):
-    """A value whose gradient is already known."""
-
-    @staticmethod
-    def forward(ctx, x, value, gradient):
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    def backward(ctx, grad_value):
-        gradient, = ctx.saved_tensors
-        return grad_value * gradient, None, None
-
-
 class ReconstructionLoss(nn.Module):
     """Weighted sum of terms, sum_i w_i s_i term_i(x_tilde, x), with s_i = 1 or as `balance` says.
 
@@ -366,7 +351,7 @@ class ReconstructionLoss(nn.Module):
             self._average(squares.sqrt() / distributed.world_size())
         weights = weights * self.scales()
         combined = sum(weight * gradient for weight, gradient in zip(weights, gradients))
-        return _WithGradient.apply(x_tilde, (weights * values).sum(), combined), parts
+        return with_gradient(x_tilde, (weights * values).sum(), combined), parts
 
     def curves(self, parts):
         """{tag: value} of each term for TensorBoard: raw, weighted, and the gradient norm of the last step."""

@@ -3,12 +3,8 @@
 Every image metric takes reconstructions and originals (B, C, H, W) in [0, 1] and returns one value an image, (B,);
 `as_8bit` brings a network's output there the way an image file would.
 """
-from contextlib import nullcontext
-
 import torch
 from pytorch_msssim import ssim as msssim_ssim
-
-import distributed
 
 PERFECT_PSNR = 100.0  # dB, reported where an image is reproduced exactly
 _FLAT = 1e-3  # a quarter of an 8-bit step: keeps ratios finite on images without detail
@@ -97,49 +93,6 @@ def codebook_usage(counts):
     used = int((counts > 0).sum())
     perplexity = float(torch.special.entr(p).sum().exp())
     return {"perplexity": perplexity, "used_codes": used, "dead_codes": len(counts) - used}
-
-
-@torch.no_grad()
-def per_image(model, loader, criterion=None, autocast=nullcontext, see=None):
-    """Every metric of every image of a split, with the model in eval mode.
-
-    Args:
-        model: a `VectorQuantizedVAE`. loader: yields x (B, C, H, W) in [-1, 1] and labels.
-        criterion: a `ReconstructionLoss`, for `loss` on top (no metric: it depends on the training), a batch's mean
-            standing for each of its images.
-        autocast: makes the context of the forward pass.
-        see: called with each batch of reconstructions and originals (B, C, H, W) in [0, 1].
-    Returns:
-        dict of (N,) float64: `IMAGE_METRICS`, color_bias_0... by channel, quantization (mean squared distance of z_e
-        to its code), `loss` where a criterion is given; and counts (K,), how often each code was chosen. Both of all
-        processes together.
-    """
-    was_training = model.training
-    model.eval()
-    columns, counts = [], 0
-    for x, _ in loader:
-        with autocast():
-            x_tilde, z_e, z_q = model(x)
-            latents = model.codebook(z_e)
-        counts = counts + torch.bincount(latents.flatten(), minlength=model.codebook.embedding.num_embeddings)
-        a, b = as_8bit(x_tilde), as_8bit(x)
-        values = {name: metric(a, b) for name, metric in IMAGE_METRICS.items()}
-        values |= {f"color_bias_{i}": bias for i, bias in enumerate(color_bias(a, b).unbind(1))}
-        values["quantization"] = (z_e.float() - z_q).square().mean((1, 2, 3))
-        if criterion:
-            values["loss"] = criterion(x_tilde, x)[0].expand(len(x))
-        columns.append({name: value.double() for name, value in values.items()})
-        if see:
-            see(a, b)
-    model.train(was_training)
-    values = {name: distributed.concatenate(torch.cat([column[name] for column in columns])) for name in columns[0]}
-    return values, distributed.total(counts)
-
-
-def evaluate(model, loader, criterion=None, autocast=nullcontext):
-    """Means over a split of what `per_image` measures, and `codebook_usage`: a dict of floats."""
-    values, counts = per_image(model, loader, criterion, autocast)
-    return {name: float(value.mean()) for name, value in values.items()} | codebook_usage(counts)
 
 
 def bootstrap_interval(values, resamples=1000, seed=0):

@@ -1,121 +1,15 @@
-"""The networks: vector quantizer, VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937), prior and discriminator."""
+"""The networks: VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937) and PixelCNN prior (2016, arXiv 1606.05328)."""
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import distributed
-from functions import vq, vq_st
-
-_CROSS_ENTROPY_ROWS = 512
-CODEBOOK_LEARNERS = ("ema", "gradient")
-_TRIAL = 0.05  # usage, in units of uniform, that a restarted code is credited with: it has to earn the rest soon
-_LAPLACE = 1e-5  # smooths the average counts, so that a code nobody uses does not divide by zero
+from quantizers import VQEmbedding
 
 
 def _initialise(module):
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-class VQEmbedding(nn.Module):
-    """Codebook of K codes of width D, learnt by gradient descent or by exponential moving averages.
-
-    In training mode `straight_through` also keeps the codebook healthy; in eval mode nothing changes.
-    As constructed by default it is the published gradient codebook, untouched by anything but its optimizer.
-
-    Args:
-        K, D: number of codes, width of a code.
-        learner: "gradient" (the loss ||sg[z_e] - z_q||^2 moves the codes) or "ema" (each code is the moving average
-            of the encoder outputs assigned to it: van den Oord et al. 2017, appendix A.1; no gradient reaches it).
-        decay: of the moving averages, per step.
-        data_init: the first K encoder outputs drawn at random from the first batches replace the random codes.
-        restart_below: a code used less than this share of uniform usage restarts at a random encoder output
-            (Dhariwal et al. 2020, arXiv 2005.00341, appendix A); 0 never restarts.
-    Raises:
-        ValueError: an argument is out of its range.
-    """
-
-    def __init__(self, K, D, learner="gradient", decay=0.99, data_init=False, restart_below=0.0):
-        super().__init__()
-        if K < 1 or D < 1:
-            raise ValueError(f"a codebook needs at least one code of at least one dimension, got K={K}, D={D}")
-        if learner not in CODEBOOK_LEARNERS:
-            raise ValueError(f"codebook learner must be one of {', '.join(CODEBOOK_LEARNERS)}, got {learner!r}")
-        if not 0 <= decay < 1 or not 0 <= restart_below < 1:
-            raise ValueError(f"decay and restart threshold lie in [0, 1), got {decay} and {restart_below}")
-        self.learner, self.decay, self.data_init, self.restart_below = learner, decay, data_init, restart_below
-        self.embedding = nn.Embedding(K, D)
-        self.embedding.weight.data.uniform_(-1. / K, 1. / K)
-        self.embedding.weight.requires_grad_(learner == "gradient")
-        self.register_buffer("average_count", torch.ones(K))
-        self.register_buffer("average_sum", self.embedding.weight.data.clone())
-        self.register_buffer("initialised", torch.tensor(0 if data_init else K))
-
-    def forward(self, z_e):
-        """Latents (B, h, w) int64: the nearest code of each position of z_e (B, D, h, w)."""
-        return vq(z_e.permute(0, 2, 3, 1), self.embedding.weight)
-
-    def straight_through(self, z_e):
-        """Quantized z_e (B, D, h, w), twice, both (B, D, h, w) in float32.
-
-        Returns:
-            z_q_st: its gradient passes to z_e unchanged and never to the codebook; feed it to the decoder.
-            z_q: its gradient reaches the codebook (learner "gradient") and never z_e; use it in the losses.
-        """
-        vectors = z_e.permute(0, 2, 3, 1)  # (B, h, w, D), no copy where z_e is channels_last
-        if self.training and self.data_init:
-            self._fill(vectors)
-        codes, indices = vq_st(vectors, self.embedding.weight.detach())
-        z_q = self.embedding(indices).view(vectors.shape)
-        if self.training:
-            self._update(vectors, indices)
-        return codes.permute(0, 3, 1, 2), z_q.permute(0, 3, 1, 2)
-
-    @torch.no_grad()
-    def _fill(self, vectors):
-        filled = int(self.initialised)
-        if filled == self.embedding.num_embeddings:
-            self.data_init = False
-            return
-        vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
-        count, offset = distributed.count_of(vectors)
-        index = torch.randperm(count, device=vectors.device)[:self.embedding.num_embeddings - filled]
-        drawn, replaced = distributed.take(vectors, index, offset), slice(filled, filled + len(index))
-        self.embedding.weight.data[replaced] = drawn
-        self.average_sum[replaced] = drawn * _TRIAL
-        self.average_count[replaced] = _TRIAL
-        self.initialised += len(drawn)
-
-    @torch.no_grad()
-    def _update(self, vectors, indices):
-        vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
-        weight = self.embedding.weight.data
-        count = distributed.total(torch.bincount(indices, minlength=len(weight)).float())  # (K,)
-        total = distributed.total(torch.zeros_like(weight).index_add_(0, indices, vectors))  # (K, D)
-        rows, offset = distributed.count_of(vectors)
-        # Averages are kept in units of uniform usage, so that they do not depend on the batch's size.
-        unit = len(weight) / rows
-        self.average_count.lerp_(count * unit, 1 - self.decay)
-        self.average_sum.lerp_(total * unit, 1 - self.decay)
-        if self.learner == "ema":
-            weight.copy_(self.average_sum / (self.average_count + _LAPLACE).unsqueeze(1))
-        if self.restart_below:
-            dead = (self.average_count < self.restart_below).unsqueeze(1)  # (K, 1)
-            index = torch.randint(rows, (len(weight),), device=vectors.device)
-            drawn = distributed.take(vectors, index, offset)
-            weight.copy_(torch.where(dead, drawn, weight))
-            self.average_sum.copy_(torch.where(dead, drawn * _TRIAL, self.average_sum))
-            self.average_count.masked_fill_(dead.squeeze(1), _TRIAL)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # A checkpoint of the public pytorch-vqvae project holds the codes alone: they count as initialised and in use.
-        codes = state_dict.get(prefix + "embedding.weight")
-        if codes is not None and prefix + "average_count" not in state_dict:
-            state_dict[prefix + "average_count"] = torch.ones(len(codes))
-            state_dict[prefix + "average_sum"] = codes.clone()
-            state_dict[prefix + "initialised"] = torch.tensor(len(codes))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class Rebuilt:
@@ -377,34 +271,6 @@ class GatedPixelCNN(Rebuilt, nn.Module):
         return latents
 
 
-def cross_entropy(logits, latents):
-    """Mean nats a latent of logits (B, K, h, w) for latents (B, h, w) int64, in float32 whatever the logits are."""
-    rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (N, K), in memory as it is where logits are channels_last
-    return _CrossEntropy.apply(rows, latents.flatten())
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Value and gradient in one pass over blocks of rows, which never leaves the cache."""
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        total, gradient = 0., torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(logits), _CROSS_ENTROPY_ROWS):
-            block = slice(start, start + _CROSS_ENTROPY_ROWS)
-            target = targets[block].unsqueeze(1)
-            log_p = logits[block].float().log_softmax(1)
-            total = total - log_p.gather(1, target).sum()
-            if gradient is not None:
-                gradient[block] = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])).div_(len(logits))
-        ctx.save_for_backward(gradient)
-        return total / len(logits)
-
-    @staticmethod
-    def backward(ctx, grad_value):
-        gradient, = ctx.saved_tensors
-        return grad_value.to(gradient.dtype) * gradient, None
-
-
 def draw(logits, temperature=1., top_k=None, generator=None):
     """One code (B,) int64 for each row of logits (B, K), by inverting the cumulative distribution.
 
@@ -419,35 +285,3 @@ def draw(logits, temperature=1., top_k=None, generator=None):
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator).to(logits.device)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1).clamp(
         max=logits.shape[1] - 1)
-
-
-class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches of an image real or made (Isola et al. 2017, arXiv 1611.07004).
-
-    Args:
-        input_dim: channels C. dim: width of the first layer. n_layers: halvings of each side.
-    """
-
-    def __init__(self, input_dim, dim=64, n_layers=2):
-        super().__init__()
-        layers, width = [nn.Conv2d(input_dim, dim, 4, 2, 1), nn.LeakyReLU(0.2, True)], dim
-        for i in range(1, n_layers + 1):
-            wider, stride = dim * min(2 ** i, 8), 2 if i < n_layers else 1
-            layers += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), nn.BatchNorm2d(wider),
-                       nn.LeakyReLU(0.2, True)]
-            width = wider
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0., 0.02)
-
-    @staticmethod
-    def check_size(size, n_layers):
-        """Raise ValueError where images (H, W) are too small for so many halvings."""
-        if min(size) // 2 ** n_layers < 3:
-            raise ValueError(f"images of {size[0]}x{size[1]} are too small for a discriminator of {n_layers} halvings: "
-                             "pass a smaller --disc-layers or a larger --image-size")
-
-    def forward(self, x):
-        """Logits (B, 1, h, w) of the patches of images x (B, C, H, W) in [-1, 1]: positive is real."""
-        return self.layers(x)

@@ -5,16 +5,14 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import datasets
-import distributed
 import metrics
-import report
-import training
-from batches import LatentBatches
 from datasets import SPLITS, Source
-from modules import GatedPixelCNN, VectorQuantizedVAE, cross_entropy
-from runs import Run, refuse_taken, run_folder
+from functions import cross_entropy
+from harness import checkpoint, cli, distributed, report
+from harness.batches import LatentBatches
+from harness.run import Run, refuse_taken, run_folder
+from modules import GatedPixelCNN, VectorQuantizedVAE
 
 COLUMNS, MOST_ROWS = 10, 10  # of a picture of samples: a row is a class
 ENCODE_BATCH = 256
@@ -25,27 +23,27 @@ def parse_args():
     group = parser.add_argument_group("VQ-VAE: known from its checkpoint, an error where it says otherwise")
     group.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py, say models/vqvae/best.pt")
     group.add_argument("--dataset", choices=datasets.DATASETS)
-    group.add_argument("--hidden-size-vae", type=training.positive_int)
-    group.add_argument("--k", type=training.positive_int)
+    group.add_argument("--hidden-size-vae", type=cli.positive_int)
+    group.add_argument("--k", type=cli.positive_int)
     group = parser.add_argument_group("prior")
-    group.add_argument("--hidden-size-prior", type=training.positive_int, default=64, help="(default %(default)s)")
-    group.add_argument("--num-layers", type=training.positive_int, default=15, help="(default %(default)s)")
-    training.add_arguments(parser, output_folder="prior", lr=3e-4)
-    parser.set_defaults(data_folder=None)
+    group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
+    group.add_argument("--num-layers", type=cli.positive_int, default=15, help="(default %(default)s)")
+    datasets.add_folder_arguments(parser.add_argument_group("data"), folder=None)
+    cli.add_arguments(parser, output_folder="prior", lr=3e-4)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sample", type=training.positive_int, metavar="N",
+    group.add_argument("--sample", type=cli.positive_int, metavar="N",
                        help="draw N images from the trained prior in the output folder, and train nothing")
     group.add_argument("--label", type=int, help="class of the images (default all in turn)")
-    group.add_argument("--temperature", type=training.positive, default=1., help="of the draw (default %(default)s)")
-    group.add_argument("--top-k", type=training.positive_int, help="draw from the most probable codes only")
-    group.add_argument("--sample-every", type=training.positive_int, default=5, metavar="EPOCHS",
+    group.add_argument("--temperature", type=cli.positive, default=1., help="of the draw (default %(default)s)")
+    group.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
+    group.add_argument("--sample-every", type=cli.positive_int, default=5, metavar="EPOCHS",
                        help="a grid of samples for the curves (default %(default)s)")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    device = training.pick_device(args.device)
+    device = cli.pick_device(args.device)
     found = checkpoint.load(args.model, "vqvae")
     vqvae = VectorQuantizedVAE.rebuild(found).to(device, memory_format=torch.channels_last)
     source = inherit(args, found)
@@ -59,7 +57,7 @@ def main():
 
     # Data fail here, before an old run is replaced.
     refuse_taken(args)
-    autocast = training.autocast(device, args.precision)
+    autocast = cli.autocast(device, args.precision)
     with distributed.rank_0_first():
         latents = cached_latents(run_folder("models", args) / "latents.pt", args, found, source, vqvae, device)
     train, valid, test = split_latents(latents, args, device)
@@ -255,4 +253,4 @@ def sample(args, vqvae, classes, shape, device):
 
 
 if __name__ == "__main__":
-    training.cli(main)
+    cli.run(main)

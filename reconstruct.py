@@ -5,12 +5,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import metrics
-import report
-import training
-from batches import BrokenImage, decode
-from datasets import find_images
+from harness import checkpoint, cli, report
+from harness.images import BrokenImage, decode, find_images
 from modules import VectorQuantizedVAE
 
 MARGIN = 64  # pixels around a tile that are computed and thrown away: more than a code sees or reaches
@@ -21,7 +18,7 @@ def parse_args():
     parser.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py")
     parser.add_argument("images", nargs="+", metavar="PATH", help="image files, and folders of them")
     parser.add_argument("--output", default="reconstructions", metavar="FOLDER", help="(default %(default)s)")
-    parser.add_argument("--tile", type=training.positive_int, default=1024, metavar="PIXELS",
+    parser.add_argument("--tile", type=cli.positive_int, default=1024, metavar="PIXELS",
                         help="reconstruct larger images in tiles of this side (default %(default)s)")
     parser.add_argument("--skip-broken", action="store_true", help="go on without files that do not decode")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
@@ -30,7 +27,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = training.pick_device(args.device)
+    device = cli.pick_device(args.device)
     found = checkpoint.load(args.model, "vqvae")
     model = VectorQuantizedVAE.rebuild(found).to(device, memory_format=torch.channels_last)
     sources = list_sources(args.images)
@@ -100,4 +97,4 @@ def reconstruct(model, x, tile):
 
 
 if __name__ == "__main__":
-    training.cli(main)
+    cli.run(main)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import compare
-from batches import Batches
 from conftest import call, write_images
+from harness import checkpoint
+from harness.batches import Batches
 from losses import TERMS
 
 FLAGS = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",

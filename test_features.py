@@ -10,17 +10,19 @@ import features
 def test_frechet_distance_of_two_gaussians_is_the_closed_form():
     torch.manual_seed(0)
     a, b = torch.randn(20000, 4), 2 * torch.randn(20000, 4) + 1
-    frechet, _ = features.frechet_and_kernel_distance(a, b)
+    frechet = features.frechet_and_kernel_distance(a, b)["frechet_distance"]
     assert frechet == pytest.approx(4 * 1 ** 2 + 4 * (1 - 2) ** 2, rel=0.03)
     whitened = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T)).T)
     scale, shift = torch.tensor([1., 2., 0.5, 3.]), torch.tensor([0., 1., -1., 2.])
     exact = float(shift.square().sum() + (1 - scale).square().sum())
-    assert features.frechet_and_kernel_distance(whitened, whitened * scale + shift)[0] == pytest.approx(exact, rel=1e-3)
+    distances = features.frechet_and_kernel_distance(whitened, whitened * scale + shift)
+    assert distances["frechet_distance"] == pytest.approx(exact, rel=1e-3)
 
 
 def test_equal_features_are_at_no_distance():
     a = torch.randn(1500, 8, generator=torch.Generator().manual_seed(0))
-    frechet, (kernel, _) = features.frechet_and_kernel_distance(a, a)
+    distances = features.frechet_and_kernel_distance(a, a)
+    frechet, kernel = distances["frechet_distance"], distances["kernel_distance"]
     assert abs(frechet) < 1e-6 and abs(kernel) < 0.02
 
 

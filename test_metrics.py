@@ -1,15 +1,10 @@
 """Reported metrics against scikit-image, closed forms and brute force."""
-import math
-
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import metrics
-from batches import Batches
-from losses import ReconstructionLoss
 from metrics import IMAGE_METRICS
-from modules import VectorQuantizedVAE
 
 PERFECT = {"mse": 0., "psnr": metrics.PERFECT_PSNR, "ssim": 1., "gradient_ratio": 1., "high_frequency_ratio": 1.,
            "saturation_ratio": 1.}
@@ -75,19 +70,3 @@ def test_codebook_usage(counts, perplexity, used):
     usage = metrics.codebook_usage(torch.tensor(counts))
     assert usage["perplexity"] == pytest.approx(perplexity)
     assert (usage["used_codes"], usage["dead_codes"]) == (used, len(counts) - used)
-
-
-def test_evaluate_is_the_mean_over_images_whatever_the_batches():
-    torch.manual_seed(0)
-    model = VectorQuantizedVAE(3, 8, 16)
-    pixels = torch.randint(256, (10, 16, 16, 3), dtype=torch.uint8)
-    criterion = ReconstructionLoss({"mse": 1., "l1": 0.5})
-    by_three, at_once = (metrics.evaluate(model, Batches(pixels, torch.zeros(10), size), criterion) for size in (3, 10))
-    assert by_three == pytest.approx(at_once, rel=1e-4, abs=1e-5) and model.training
-    x = next(iter(Batches(pixels, torch.zeros(10), 10)))[0]
-    with torch.no_grad():
-        x_tilde = model.eval()(x)[0]
-    assert at_once["psnr"] == pytest.approx(metrics.psnr(metrics.as_8bit(x_tilde), metrics.as_8bit(x)).mean().item())
-    counts = torch.bincount(model.encode(x).flatten(), minlength=16)
-    p = counts[counts > 0] / counts.sum()
-    assert at_once["perplexity"] == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-5)

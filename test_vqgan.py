@@ -6,11 +6,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
 import vqgan
 from conftest import call, write_images
-from features import PerceptualLoss
-from modules import PatchDiscriminator, VectorQuantizedVAE
+from harness import checkpoint
+from modules import VectorQuantizedVAE
+from vqgan import PatchDiscriminator, PerceptualLoss
 
 SMALL = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
          "--num-epochs", "2", "--lr", "1e-3", "--log-every", "2", "--device", "cpu", "--precision", "fp32")

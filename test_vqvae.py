@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
 import datasets
 from conftest import call, start, stop_after, write_images
+from harness import checkpoint
 from losses import TERMS
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
@@ -163,7 +163,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(folder, flags, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device")
 def test_cuda_where_there_is_none_is_an_error(folder):
     code, _, err = run(folder, "--device", "cuda")
-    assert code != 0 and "--device cuda is not to be had here" in err
+    assert code != 0 and "--device cuda is not available here" in err
 
 
 def test_a_broken_image_and_a_damaged_checkpoint(folder):

@@ -3,11 +3,10 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-import autoencoder
-import distributed
-import training
-from modules import PatchDiscriminator
+import experiment
+from harness import cli, distributed
 
 DISCRIMINATOR_BETAS = (0.5, 0.9)
 EPS = 1e-4  # keeps the adaptive weight finite where the adversarial gradient vanishes
@@ -15,26 +14,26 @@ EPS = 1e-4  # keeps the adaptive weight finite where the adversarial gradient va
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    autoencoder.add_arguments(parser, output_folder="vqgan")
+    experiment.add_arguments(parser, output_folder="vqgan")
     group = parser.add_argument_group("adversarial and perceptual loss")
-    group.add_argument("--disc-weight", type=training.not_negative, default=autoencoder.DISC_WEIGHT, metavar="W",
+    group.add_argument("--disc-weight", type=cli.not_negative, default=experiment.DISC_WEIGHT, metavar="W",
                        help="of the adversarial loss, on top of its adaptive weight (default %(default)s)")
-    group.add_argument("--disc-start", type=training.whole, default=1000, metavar="STEPS",
+    group.add_argument("--disc-start", type=cli.whole, default=1000, metavar="STEPS",
                        help="steps before the discriminator starts (default %(default)s)")
-    group.add_argument("--disc-cap", type=training.positive, default=1e4, metavar="C",
+    group.add_argument("--disc-cap", type=cli.positive, default=1e4, metavar="C",
                        help="largest adaptive weight (default %(default)g)")
-    group.add_argument("--disc-hidden-size", type=training.positive_int, default=64, help="(default %(default)s)")
-    group.add_argument("--disc-layers", type=training.positive_int, default=2,
+    group.add_argument("--disc-hidden-size", type=cli.positive_int, default=64, help="(default %(default)s)")
+    group.add_argument("--disc-layers", type=cli.positive_int, default=2,
                        help="halvings by the discriminator (default %(default)s, for 32x32; the paper has 3)")
-    group.add_argument("--disc-lr", type=training.positive, help="(default --lr)")
-    group.add_argument("--perceptual-weight", type=training.not_negative, default=0., metavar="W",
+    group.add_argument("--disc-lr", type=cli.positive, help="(default --lr)")
+    group.add_argument("--perceptual-weight", type=cli.not_negative, default=0., metavar="W",
                        help="of a distance of EfficientNet-Lite0 features, pretrained (default %(default)g)")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    setup = autoencoder.Setup(args)
+    setup = experiment.Experiment(args)
     optimizer, criterion, device = setup.optimizer, setup.criterion, setup.device
     PatchDiscriminator.check_size(setup.data.size, args.disc_layers)
     with torch.random.fork_rng():  # the VQ-VAE draws the same random numbers as in vqvae.py
@@ -42,7 +41,7 @@ def main():
     discriminator = discriminator.to(device, memory_format=torch.channels_last)
     disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.disc_lr or args.lr,
                                       betas=DISCRIMINATOR_BETAS, fused=device.type != "mps")
-    perceptual = open_perceptual(device) if args.perceptual_weight else None
+    perceptual = PerceptualLoss().to(device, memory_format=torch.channels_last) if args.perceptual_weight else None
     run = setup.start(discriminator=discriminator, disc_optimizer=disc_optimizer)
     model, judge, last_layer = setup.network, distributed.wrap(discriminator, device), setup.model.decoder[-2].weight
     for _ in run.epochs():
@@ -119,10 +118,71 @@ def adaptive_weight(loss_reconstruction, loss_generator, last_layer, cap):
     return (norms[0] / (norms[1] + EPS)).clamp(max=cap).detach()
 
 
-def open_perceptual(device):
-    from features import PerceptualLoss  # here, because the feature network is no business of other runs
-    return PerceptualLoss().to(device, memory_format=torch.channels_last)
+# --- networks
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches of an image real or made (Isola et al. 2017, arXiv 1611.07004).
+
+    Args:
+        input_dim: channels C. dim: width of the first layer. n_layers: halvings of each side.
+    """
+
+    def __init__(self, input_dim, dim=64, n_layers=2):
+        super().__init__()
+        layers, width = [nn.Conv2d(input_dim, dim, 4, 2, 1), nn.LeakyReLU(0.2, True)], dim
+        for i in range(1, n_layers + 1):
+            wider, stride = dim * min(2 ** i, 8), 2 if i < n_layers else 1
+            layers += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), nn.BatchNorm2d(wider),
+                       nn.LeakyReLU(0.2, True)]
+            width = wider
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0., 0.02)
+
+    @staticmethod
+    def check_size(size, n_layers):
+        """Raise ValueError where images (H, W) are too small for so many halvings."""
+        if min(size) // 2 ** n_layers < 3:
+            raise ValueError(f"images of {size[0]}x{size[1]} are too small for a discriminator of {n_layers} halvings: "
+                             "pass a smaller --disc-layers or a larger --image-size")
+
+    def forward(self, x):
+        """Logits (B, 1, h, w) of the patches of images x (B, C, H, W) in [-1, 1]: positive is real."""
+        return self.layers(x)
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of EfficientNet-Lite0 features at four depths, each position's features scaled to unit length.
+
+    The form of LPIPS (Zhang et al. 2018, arXiv 1801.03924) without its weights learnt from human judgements.
+    forward: x_tilde, x (B, 1 or 3, H, W) in [-1, 1] -> scalar in [0, 4]; differentiable in x_tilde.
+    """
+
+    blocks = (0, 2, 4, 10)  # the last before each halving of the picture
+
+    def __init__(self):
+        super().__init__()
+        from features import EffNetLite0  # slow to import, and needed here alone
+        self.network = EffNetLite0().network.requires_grad_(False)
+
+    def _features(self, x):
+        network = self.network
+        x = network._swish(network._bn0(network._conv_stem(x.expand(-1, 3, -1, -1) * (127.5 / 128) + 0.5 / 128)))
+        for i, block in enumerate(network._blocks[:max(self.blocks) + 1]):
+            x = block(x)
+            if i in self.blocks:
+                yield F.normalize(x.float(), dim=1)
+
+    def train(self, mode=True):
+        return super().train(False)  # its batch statistics are ImageNet's
+
+    def forward(self, x_tilde, x):
+        with torch.no_grad():
+            originals = list(self._features(x))
+        pairs = zip(self._features(x_tilde), originals)
+        return sum((a - b).square().sum(1).mean() for a, b in pairs) / len(self.blocks)
 
 
 if __name__ == "__main__":
-    training.cli(main)
+    cli.run(main)

@@ -3,16 +3,16 @@ import argparse
 
 import torch.nn.functional as F
 
-import autoencoder
-import training
+import experiment
+from harness import cli
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    autoencoder.add_arguments(parser, output_folder="vqvae")
+    experiment.add_arguments(parser, output_folder="vqvae")
     args = parser.parse_args()
 
-    setup = autoencoder.Setup(args)
+    setup = experiment.Experiment(args)
     run, model, optimizer, criterion = setup.start(), setup.network, setup.optimizer, setup.criterion
     for _ in run.epochs():
         model.train()
@@ -40,4 +40,4 @@ def main():
 
 
 if __name__ == "__main__":
-    training.cli(main)
+    cli.run(main)

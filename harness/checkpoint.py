@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-import distributed
+from harness import distributed
 
 FORMAT = 1
 

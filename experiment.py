@@ -1,15 +1,14 @@
 """What the scripts that train a VQ-VAE share: flags, construction, validation and the last report."""
 import torch
 
-import checkpoint
 import datasets
-import distributed
 import metrics
-import report
-import training
+from evaluation import measure
+from harness import checkpoint, cli, distributed, report
+from harness.run import Run, refuse_taken
 from losses import TERMS, ReconstructionLoss, ms_ssim_weights
-from modules import CODEBOOK_LEARNERS, VectorQuantizedVAE
-from runs import Run, refuse_taken
+from modules import VectorQuantizedVAE
+from quantizers import CODEBOOK_LEARNERS
 
 MONITORS = {"loss": False, "mse": False, "psnr": True, "ssim": True}  # name -> larger is better
 TABLE = ("mse", "psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "perplexity", "used_codes")
@@ -20,35 +19,35 @@ ADAM_BETAS = (0.9, 0.99)  # a second moment that forgets the steep first steps: 
 
 def add_arguments(parser, output_folder):
     """Flags of the data set, the loss, the model and the run."""
-    training.add_dataset_arguments(parser)
+    datasets.add_arguments(parser)
     group = parser.add_argument_group("reconstruction loss: weight of each term")
     for name in TERMS:
-        group.add_argument(f"--{name}-weight", type=training.not_negative, default=float(name == "mse"), metavar="W",
+        group.add_argument(f"--{name}-weight", type=cli.not_negative, default=float(name == "mse"), metavar="W",
                            help=(TERMS[name].__doc__ or name).split(":")[0] + " (default %(default)g)")
     group.add_argument("--balance", choices=("gradient",), help="rescale each term so that the norm of its gradient "
                        "at the reconstruction is its weight times that of MSE")
-    group.add_argument("--sharpen", type=training.not_negative, default=0., metavar="A", help="let the structural "
+    group.add_argument("--sharpen", type=cli.not_negative, default=0., metavar="A", help="let the structural "
                        "terms see the originals after an unsharp mask of this amount (default %(default)g)")
     group = parser.add_argument_group("model")
-    group.add_argument("--hidden-size", type=training.positive_int, default=256, help="(default %(default)s)")
-    group.add_argument("--k", type=training.positive_int, default=512, help="number of codes (default %(default)s)")
+    group.add_argument("--hidden-size", type=cli.positive_int, default=256, help="(default %(default)s)")
+    group.add_argument("--k", type=cli.positive_int, default=512, help="number of codes (default %(default)s)")
     group.add_argument("--downsample", type=int, choices=(4, 8, 16), default=4, help="sides of an image over those of "
                        "its latents; 4 is the published model (default %(default)s)")
-    group.add_argument("--beta", type=training.not_negative, default=1.0, help="weight of the commitment loss")
+    group.add_argument("--beta", type=cli.not_negative, default=1.0, help="weight of the commitment loss")
     group.add_argument("--codebook", choices=CODEBOOK_LEARNERS, default="ema", help="how codes learn: moving averages "
                        "of encoder outputs, or gradient descent (default %(default)s)")
-    group.add_argument("--codebook-decay", type=training.not_negative, default=0.99, help="(default %(default)s)")
+    group.add_argument("--codebook-decay", type=cli.not_negative, default=0.99, help="(default %(default)s)")
     group.add_argument("--no-codebook-init", action="store_true", help="start from random codes, not encoder outputs")
-    group.add_argument("--restart-below", type=training.not_negative, default=0.02, metavar="SHARE",
+    group.add_argument("--restart-below", type=cli.not_negative, default=0.02, metavar="SHARE",
                        help="restart codes used less than this share of uniform usage; 0 never (default %(default)s)")
     group.add_argument("--frozen-codebook", metavar="PT", help="take encoder and codebook from this checkpoint, say "
                        "models/vqvae/best.pt, and train the decoder alone")
-    training.add_arguments(parser, output_folder=output_folder, lr=2e-4)
+    cli.add_arguments(parser, output_folder=output_folder, lr=2e-4)
     parser.add_argument("--monitor", choices=MONITORS, default="loss",
                         help="validation value that decides which epoch best.pt keeps (default %(default)s)")
 
 
-class Setup:
+class Experiment:
     """Data, model, loss, optimizer and run, as the flags say; fails before anything is written.
 
     `model` is what is saved; `network`, from `start` on, is what is trained: the same, over all processes.
@@ -56,13 +55,13 @@ class Setup:
     """
 
     def __init__(self, args):
-        self.args, self.device = args, training.pick_device(args.device)
-        self.autocast = training.autocast(self.device, args.precision)
+        self.args, self.device = args, cli.pick_device(args.device)
+        self.autocast = cli.autocast(self.device, args.precision)
         weights = {name: getattr(args, f"{name.replace('-', '_')}_weight") for name in TERMS}
         ReconstructionLoss(weights, args.balance, sharpen=args.sharpen)  # wrong weights fail before data is read,
         refuse_taken(args)  # and so does a folder in use
         with distributed.rank_0_first():
-            self.data = datasets.load(args.dataset, training.source_of(args), args.batch_size, self.device, args.flip,
+            self.data = datasets.load(args.dataset, datasets.source_of(args), args.batch_size, self.device, args.flip,
                                       args.seed, args.limit, args.num_workers)
         self.data.shard(distributed.rank(), distributed.world_size())
         VectorQuantizedVAE.check_size(self.data.size, args.downsample)
@@ -105,7 +104,7 @@ class Setup:
     def validate(self):
         """Measure the validation split, the same metrics whatever is trained; keep the best epoch."""
         run, shown = self.run, self.data.valid.examples(PICTURES)
-        values = metrics.evaluate(self.model, self.data.valid, self.criterion, self.autocast)
+        values = measure(self.model, self.data.valid, self.criterion, self.autocast)[1]
         improved = run.improved(values[self.args.monitor], MONITORS[self.args.monitor])
         run.log({"loss/valid/reconstruction": values["loss"], "loss/valid/quantization": values["quantization"]})
         run.log({f"valid/{name}": value for name, value in values.items()})
@@ -117,7 +116,7 @@ class Setup:
         """Measure the best epoch, once, on the test split: results.json, a picture and a table."""
         run = self.run
         self.model.load_state_dict(checkpoint.load(run.models / "best.pt", "vqvae")["model"])
-        values = metrics.evaluate(self.model, self.data.test, self.criterion)
+        values = measure(self.model, self.data.test, self.criterion)[1]
         run.log({"loss/test/reconstruction": values["loss"], "loss/test/quantization": values["quantization"]})
         x = self.data.test.examples(PICTURES)
         picture = report.save_picture(run.models / "reconstructions.png", [metrics.as_8bit(x), self.reconstruct(x)])

@@ -11,8 +11,7 @@ import torch
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-import checkpoint
-import distributed
+from harness import checkpoint, distributed
 
 # What may change between a run and its resumption: all other flags define the run.
 FREE_ARGS = {"num_epochs", "minutes", "num_workers", "device", "resume", "overwrite", "log_every", "compile",

@@ -12,10 +12,9 @@ import torch.multiprocessing as multiprocessing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import checkpoint
-import distributed
 from conftest import HERE, call, write_images
-from modules import VQEmbedding
+from harness import checkpoint, distributed
+from quantizers import VQEmbedding
 
 SMALL = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--lr", "1e-3", "--flip",
          "--precision", "fp32", "--device", "cpu", "--log-every", "1")

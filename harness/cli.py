@@ -1,10 +1,9 @@
 """What the scripts share at their command line: flags, device, precision, and how errors are told.
 
-Errors a user can mend are ValueError or OSError; `cli` prints them as one line.
+Errors a user can mend are ValueError or OSError; `run` prints them as one line.
 """
 import argparse
 import math
-import os
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -12,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-import distributed
-from datasets import DATASETS, Source
+from harness import distributed
 
 # --- flags
 
@@ -50,15 +48,6 @@ def image_size(text):
 
 def add_arguments(parser, output_folder, lr):
     """The flags that every training script has."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-folder", default="data", help="where the data set is, or is downloaded to")
-    group.add_argument("--no-download", action="store_true", help="fail where the data set is not on disk")
-    group.add_argument("--skip-broken", action="store_true", help="go on without images that do not decode")
-    group.add_argument("--limit", type=positive_int, metavar="N", help="use N training images, for quick looks")
-    cores = (os.cpu_count() or 2) // distributed.local_world_size()
-    group.add_argument("--num-workers", type=whole, default=max(1, cores - 1),
-                       help="processes that decode images where a data set streams from disk (default %(default)s)")
-
     group = parser.add_argument_group("optimization")
     group.add_argument("--batch-size", type=positive_int, default=128, help="of each process (default %(default)s)")
     group.add_argument("--accumulate", type=positive_int, default=1, metavar="N",
@@ -83,18 +72,7 @@ def add_arguments(parser, output_folder, lr):
     group.add_argument("--log-every", type=positive_int, default=50, metavar="STEPS", help="(default %(default)s)")
 
 
-def add_dataset_arguments(parser):
-    group = parser.add_argument_group("data set")
-    group.add_argument("--dataset", choices=DATASETS, default="photos", help="(default %(default)s)")
-    group.add_argument("--image-size", type=image_size, metavar="N|HxW", help="resize and center-crop the images")
-    group.add_argument("--flip", action="store_true", help="mirror half of the training images")
-
-
-def source_of(args):
-    return Source(args.data_folder, args.image_size, not args.no_download, args.skip_broken)
-
-
-def cli(main):
+def run(main):
     """Run a script's main, one process of many where torchrun started it.
 
     What a user can mend is one line on stderr and exit status 2.
@@ -131,7 +109,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}): "
+        raise ValueError(f"--device {name} is not available here ({str(error).splitlines()[0]}): "
                          "use --device auto or cpu") from error
     return device
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from harness import checkpoint
 
 
 class Payload:

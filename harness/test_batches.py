@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 import datasets
-from batches import Batches, ImageFiles, decode
+from harness.batches import Batches
+from harness.images import ImageFiles, decode
 from test_datasets import open_folder, pictures
 
 
