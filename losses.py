@@ -1,8 +1,7 @@
 """Reconstruction loss terms and their weighted sum.
 
-To add a term: write a function (x_tilde, x) -> scalar and give it a row in `TERMS` at the end of this file.
-Its flag, its curves, its tests and its place in comparisons follow from the row. `PIXEL_TERMS` are those that --sharpen
-leaves alone.
+To add a term: write a function (x_tilde, x) -> scalar and give it a row in `PIXEL_TERMS` or `STRUCTURAL_TERMS` below.
+Its flag, its curves, its tests and its place in comparisons follow from the row.
 
 Every term takes images (B, C, H, W) in [-1, 1] in float32, is smallest where x_tilde = x, and returns 0 there.
 """
@@ -20,7 +19,11 @@ LUMA = (0.299, 0.587, 0.114)
 CHROMA = ((0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # I and Q of YIQ
 
 
-# --- pixel terms, on [-1, 1]
+def _unit(x):
+    return (x + 1) / 2  # [-1, 1] -> [0, 1]
+
+
+# --- pixel terms: level and colour of each pixel by itself
 
 def mse(x_tilde, x):
     """Mean squared error, mean (x_tilde - x)^2: in [0, 4]. Alone with weight 1 it is the published VQ-VAE."""
@@ -32,10 +35,14 @@ def l1(x_tilde, x):
     return F.l1_loss(x_tilde, x)
 
 
-# --- structural terms, on [0, 1]
+def psnr(x_tilde, x, ceiling=60.0):
+    """Shortfall of the peak signal-to-noise ratio from `ceiling` dB, as a share of it: in [0, 1], per image, averaged.
 
-def _unit(x):
-    return (x + 1) / 2
+    log10(1 + MSE / e) / log10(1 + 1 / e) with e = 10^(-ceiling / 10), MSE on [0, 1]. About 1 - PSNR / ceiling.
+    """
+    e = 10 ** (-ceiling / 10)
+    error = (_unit(x_tilde) - _unit(x)).square().mean((1, 2, 3))  # (B,)
+    return torch.log1p(error / e).mean() / math.log1p(1 / e)
 
 
 def chroma(x_tilde, x):
@@ -53,15 +60,7 @@ def _chroma(x):
     return torch.einsum("bchw,kc->bkhw", x, x.new_tensor(CHROMA))  # (B, 2, H, W)
 
 
-def psnr(x_tilde, x, ceiling=60.0):
-    """Shortfall of the peak signal-to-noise ratio from `ceiling` dB, as a share of it: in [0, 1], per image, averaged.
-
-    log10(1 + MSE / e) / log10(1 + 1 / e) with e = 10^(-ceiling / 10), MSE on [0, 1]. About 1 - PSNR / ceiling.
-    """
-    e = 10 ** (-ceiling / 10)
-    error = (_unit(x_tilde) - _unit(x)).square().mean((1, 2, 3))  # (B,)
-    return torch.log1p(error / e).mean() / math.log1p(1 / e)
-
+# --- structural terms: neighbourhoods, on [0, 1]
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
@@ -237,11 +236,13 @@ def _mean_filtered(x):
     return F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2, stride=1)
 
 
-TERMS = {
+PIXEL_TERMS = {
     "mse": mse,
     "l1": l1,
     "chroma": chroma,
     "psnr": psnr,
+}
+STRUCTURAL_TERMS = {  # those that --sharpen shows a sharpened original
     "ssim": ssim,
     "root-ssim": root_ssim,
     "ms-ssim": ms_ssim,
@@ -250,9 +251,7 @@ TERMS = {
     "ms-gmsd": ms_gmsd,
     "haarpsi": haarpsi,
 }
-
-
-PIXEL_TERMS = ("mse", "l1", "chroma", "psnr")  # all others are structural
+TERMS = PIXEL_TERMS | STRUCTURAL_TERMS
 
 
 def sharpened(x, amount):
@@ -277,7 +276,7 @@ class ReconstructionLoss(nn.Module):
         balance: None, or "gradient": s_i is the ratio of the gradient norms at the reconstruction, of MSE to term i,
             (both running averages), so that a weight means the same for every term and data set.
         shape: (C, H, W) of the images, where known, to fail now rather than at the first batch.
-        sharpen: structural terms, all but `PIXEL_TERMS`, see the originals `sharpened` by this amount; 0 is not at all.
+        sharpen: the `STRUCTURAL_TERMS` see the originals `sharpened` by this amount; 0 is not at all.
     Raises:
         ValueError: unknown term, weight or amount negative, NaN or infinite, all weights zero, images too small for a
             term, sharpen without a structural term.
@@ -299,7 +298,7 @@ class ReconstructionLoss(nn.Module):
             raise ValueError(f"balance must be None or 'gradient', got {balance!r}")
         if not math.isfinite(sharpen) or sharpen < 0:
             raise ValueError(f"--sharpen must be finite and not negative, got {sharpen}")
-        if sharpen and not set(self.weights) - set(PIXEL_TERMS):
+        if sharpen and not set(self.weights) & set(STRUCTURAL_TERMS):
             raise ValueError("--sharpen is for structural terms: give one a weight, say --root-ssim-weight 0.4")
         self.balance, self.sharpen, self.gradient_norms = balance, sharpen, {}
         # Running norms of the terms' gradients, then of MSE's; 0 is none yet.
@@ -312,7 +311,7 @@ class ReconstructionLoss(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x_tilde, x = x_tilde.float(), x.float()
             target = sharpened(x, self.sharpen) if self.sharpen else x
-            return {name: TERMS[name](x_tilde, x if name in PIXEL_TERMS else target) for name in self.weights}
+            return {name: TERMS[name](x_tilde, target if name in STRUCTURAL_TERMS else x) for name in self.weights}
 
     def scales(self):
         """(number of terms,) what each term is multiplied by, its weight left aside."""
