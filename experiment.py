@@ -81,25 +81,19 @@ class Experiment:
 
     def start(self, **more):
         """Open the run, or go on with it; `more` names further modules and optimizers that its checkpoints hold."""
-        self.run = run = Run("vqvae", self.args, self.device)
-        loss_facts = {"weights": self.criterion.weights, "balance": self.args.balance, "sharpen": self.args.sharpen}
+        loss = {"weights": self.criterion.weights, "balance": self.args.balance, "sharpen": self.args.sharpen,
+                "state": self.criterion}
         if "ms-ssim" in self.criterion.weights:
-            scales = loss_facts["ms_ssim_scales"] = list(ms_ssim_weights(*self.data.size))
+            scales = loss["ms_ssim_scales"] = list(ms_ssim_weights(*self.data.size))
             print(f"ms-ssim at {self.data.size[0]}x{self.data.size[1]}: {len(scales)} scales of weights "
                   + ", ".join(f"{weight:.3f}" for weight in scales))
-        parts = {"model": self.model, "optimizer": self.optimizer, **more}
-        run.contents = lambda: {name: part.state_dict() for name, part in parts.items()} | {
-            "model_args": self.model_args, "data": self.data.facts(),
-            "loss": loss_facts | {"state": self.criterion.state_dict()}}
-        if run.resumed:
-            for name, part in parts.items():
-                part.load_state_dict(run.resumed[name])
-            self.criterion.load_state_dict(run.resumed["loss"]["state"])
-            checkpoint.set_random_state(run.resumed["random"])
+        self.run = Run("vqvae", self.args, self.device, {
+            "model": self.model, "optimizer": self.optimizer, **more, "model_args": self.model_args,
+            "data": self.data.facts(), "loss": loss})
         if self.args.compile:
             self.model.compile_networks()
         self.network = distributed.wrap(self.model, self.device)
-        return run
+        return self.run
 
     def validate(self):
         """Measure the validation split, the same metrics whatever is trained; keep the best epoch."""

@@ -16,6 +16,7 @@ from modules import GatedPixelCNN, VectorQuantizedVAE
 
 COLUMNS, MOST_ROWS = 10, 10  # of a picture of samples: a row is a class
 ENCODE_BATCH = 256
+MAY_CHANGE_ON_RESUME = {"model", "sample", "label", "temperature", "top_k", "sample_every"}
 
 
 def parse_args():
@@ -44,10 +45,10 @@ def parse_args():
 def main():
     args = parse_args()
     device = cli.pick_device(args.device)
-    found = checkpoint.load(args.model, "vqvae")
-    vqvae = VectorQuantizedVAE.rebuild(found).to(device, memory_format=torch.channels_last)
-    source = inherit(args, found)
-    classes, size = found["data"]["classes"], found["data"]["size"]
+    ckpt = checkpoint.load(args.model, "vqvae")
+    vqvae = VectorQuantizedVAE.rebuild(ckpt).to(device, memory_format=torch.channels_last)
+    source = inherit(args, ckpt)
+    classes, size = ckpt["data"]["classes"], ckpt["data"]["size"]
     shape = tuple(side // vqvae.downsample for side in size)
     if args.label is not None and not 0 <= args.label < len(classes):
         raise ValueError(f"--label {args.label} is out of range: " + (
@@ -59,24 +60,18 @@ def main():
     refuse_taken(args)
     autocast = cli.autocast(device, args.precision)
     with distributed.rank_0_first():
-        latents = cached_latents(run_folder("models", args) / "latents.pt", args, found, source, vqvae, device)
+        latents = cached_latents(run_folder("models", args) / "latents.pt", args, ckpt, source, vqvae, device)
     train, valid, test = split_latents(latents, args, device)
-    run = Run("prior", args, device)
     torch.manual_seed(args.seed)
-    model_args = {"input_dim": found["model_args"]["K"], "dim": args.hidden_size_prior, "n_layers": args.num_layers,
+    model_args = {"input_dim": ckpt["model_args"]["K"], "dim": args.hidden_size_prior, "n_layers": args.num_layers,
                   "n_classes": len(classes)}
     model = GatedPixelCNN(**model_args).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != "mps")
-
-    # Resume.
-    digest = checkpoint.digest(args.model)
-    run.contents = lambda: {"model_args": model_args, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                            "data": found["data"], "vqvae": {"path": args.model, "digest": digest}}
+    run = Run("prior", args, device, {
+        "model": model, "optimizer": optimizer, "model_args": model_args, "data": ckpt["data"],
+        "vqvae": {"path": args.model, "digest": checkpoint.digest(args.model)}}, MAY_CHANGE_ON_RESUME)
     if run.resumed:
         checkpoint.check_vqvae(run.resumed, args.model)
-        model.load_state_dict(run.resumed["model"])
-        optimizer.load_state_dict(run.resumed["optimizer"])
-        checkpoint.set_random_state(run.resumed["random"])
     if args.compile:
         model.compile()
     network = distributed.wrap(model, device)
@@ -99,7 +94,7 @@ def main():
                 run.log({"loss/train/nats_per_latent": loss, "lr": optimizer.param_groups[0]["lr"]})
                 run.show(nats=loss)
 
-        values = code_length(model, valid, classes, found["data"], autocast)
+        values = code_length(model, valid, classes, ckpt["data"], autocast)
         improved = run.improved(values["nats_per_latent"], larger_is_better=False)
         run.log({f"valid/{name}": value for name, value in values.items()})
         if (epoch + 1) % args.sample_every == 0:
@@ -109,7 +104,7 @@ def main():
 
     # The best epoch, once, on the test split, and what it draws beside what uniform codes give.
     model.load_state_dict(checkpoint.load(run.models / "best.pt", "prior")["model"])
-    values = code_length(model, test, classes, found["data"], autocast)
+    values = code_length(model, test, classes, ckpt["data"], autocast)
     usage = metrics.codebook_usage(torch.bincount(test.images.flatten().long(), minlength=model_args["input_dim"]))
     labels = grid_labels(classes, device)
     images = draw_images(model, vqvae, labels, shape, args)
@@ -125,17 +120,17 @@ def main():
           f"curves: tensorboard --logdir {run.logs}")
 
 
-def inherit(args, found):
+def inherit(args, ckpt):
     """Take from the VQ-VAE's checkpoint what the flags leave open; ValueError where they contradict it."""
-    known = {"dataset": found["data"]["name"], "k": found["model_args"]["K"],
-             "hidden_size_vae": found["model_args"]["dim"]}
+    known = {"dataset": ckpt["data"]["name"], "k": ckpt["model_args"]["K"],
+             "hidden_size_vae": ckpt["model_args"]["dim"]}
     for name, value in known.items():
         given = getattr(args, name)
         if given is not None and given != value:
             raise ValueError(f"--{name.replace('_', '-')} {given} contradicts {args.model}, which has {value}: "
                              "leave the flag out")
         setattr(args, name, value)
-    source = Source.of(found, args.data_folder, not args.no_download)
+    source = Source.of(ckpt, args.data_folder, not args.no_download)
     source.skip_broken |= args.skip_broken
     args.data_folder, args.skip_broken = source.folder, source.skip_broken
     return source
@@ -143,7 +138,7 @@ def inherit(args, found):
 
 # --- latents
 
-def cached_latents(path, args, found, source, vqvae, device):
+def cached_latents(path, args, ckpt, source, vqvae, device):
     """{split: (latents (N, h, w), labels (N,))}, read from `path`, or encoded once and kept there.
 
     Raises:
@@ -158,9 +153,9 @@ def cached_latents(path, args, found, source, vqvae, device):
         if kept["key"] == key:
             return kept["splits"]
     data = datasets.load(args.dataset, source, ENCODE_BATCH, device, workers=args.num_workers)
-    if data.classes != found["data"]["classes"]:
+    if data.classes != ckpt["data"]["classes"]:
         raise ValueError(f"--data-folder {args.data_folder} has the classes {data.classes}, but the VQ-VAE was trained "
-                         f"with {found['data']['classes']}")
+                         f"with {ckpt['data']['classes']}")
     vqvae.eval()
     splits = {}
     with torch.no_grad():
@@ -241,9 +236,9 @@ def save_samples(path, images):
 def sample(args, vqvae, classes, shape, device):
     """Draw images from the prior in the output folder and save them as one picture."""
     folder = Path("models") / args.output_folder
-    found = checkpoint.load(folder / "best.pt", "prior")
-    checkpoint.check_vqvae(found, args.model)
-    model = GatedPixelCNN.rebuild(found).to(device)
+    ckpt = checkpoint.load(folder / "best.pt", "prior")
+    checkpoint.check_vqvae(ckpt, args.model)
+    model = GatedPixelCNN.rebuild(ckpt).to(device)
     labels = args.sample
     if classes:
         labels = torch.arange(args.sample, device=device) % len(classes)

@@ -38,6 +38,12 @@ def not_negative(text, low=0., strict=False):
 positive = partial(not_negative, strict=True)
 
 
+def steps_or_share(text):
+    """A whole number of steps, or a share of all of them below 1."""
+    value = not_negative(text)
+    return value if value < 1 else whole(text)
+
+
 def image_size(text):
     """"64" or "48x64" (height x width) -> (H, W)."""
     sides = text.lower().split("x")
@@ -57,7 +63,8 @@ def add_arguments(parser, output_folder, lr):
                        help="train for so long, whatever --num-epochs says; the schedule follows the clock")
     group.add_argument("--lr", type=positive, default=lr, help="Adam's learning rate (default %(default)s)")
     group.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
-    group.add_argument("--warmup-steps", type=whole, default=0, metavar="N", help="of linear rise of the learning rate")
+    group.add_argument("--warmup-steps", type=steps_or_share, default=0, metavar="N", help="of linear rise of the "
+                       "learning rate; below 1, a share of the training (default %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="of initial weights, order and flips (default %(default)s)")
 
     group = parser.add_argument_group("run")

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from harness import checkpoint, distributed
 
-# What may change between a run and its resumption: all other flags define the run.
-FREE_ARGS = {"num_epochs", "minutes", "num_workers", "device", "resume", "overwrite", "log_every", "compile",
-             "data_folder", "no_download", "model", "sample", "label", "temperature", "top_k", "sample_every"}
+# All other flags define a run, but for those a script names.
+MAY_CHANGE_ON_RESUME = {"num_epochs", "minutes", "num_workers", "device", "resume", "overwrite", "log_every", "compile",
+                        "data_folder", "no_download", "lr", "precision", "recipe"}
 
 
 def peak_memory_mb(device):
@@ -44,46 +44,54 @@ class Run:
     """Folders, counters, curves, checkpoints and signals of one training run.
 
     models/<output folder>/ holds args.json, last.pt, best.pt and results.json; logs/<output folder>/ the curves.
-    Set `contents`, a function that returns what a checkpoint holds of the models, before the first batch.
 
+    Args:
+        kind: of its checkpoints, "vqvae", "prior", ... args: the script's flags. device: torch.device.
+        state: what a checkpoint holds, a dict by name of anything with a state_dict (saved, and restored here where the
+            run goes on) and of plain values (saved), dicts of them included.
+        may_change: flags of the script's own that may change on --resume, beside `MAY_CHANGE_ON_RESUME`.
     Raises:
         ValueError: the output folder holds a run and neither --resume nor --overwrite is given, or a flag that
             defines the run differs from the run's.
     """
 
-    def __init__(self, kind, args, device):
-        self.kind, self.args, self.device = kind, args, device
+    def __init__(self, kind, args, device, state, may_change=()):
+        self.kind, self.args, self.device, self.state = kind, args, device, state
         self.models, self.logs = run_folder("models", args), run_folder("logs", args)
         self.epoch = self.batch = self.step = 0
-        self.seconds, self.best, self.contents = 0., None, dict  # seconds of training, validation left aside
-        self.resumed = self._open()
+        self.seconds, self.best = 0., None  # seconds of training, validation left aside
+        self.resumed = self._open(MAY_CHANGE_ON_RESUME | set(may_change))
+        if self.resumed:
+            _restore(state, self.resumed)
+            checkpoint.set_random_state(self.resumed["random"])
         self.signal, self._started, self._bar = None, None, None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._catch)
         self.writer = SummaryWriter(str(self.logs), purge_step=self.step if self.resumed else None,
                                     write_to_disk=not distributed.rank())
 
-    def _open(self):
+    def _open(self, may_change):
         """The checkpoint to go on from, or None."""
         last, args = self.models / "last.pt", vars(self.args)
         refuse_taken(self.args)
         distributed.barrier()  # all have looked before one writes
         self.models.mkdir(parents=True, exist_ok=True)
         if self.args.resume and last.exists():
-            found = checkpoint.load(last, self.kind)
-            moved = found["counters"].get("world", 1) != distributed.world_size()
-            for name in sorted(set(found["args"]) | set(args)):
-                old, new = found["args"].get(name), _plain(args.get(name))
-                if name not in FREE_ARGS and old != new and not (moved and name == "batch_size"):
+            resumed = checkpoint.load(last, self.kind)
+            counters, world = resumed["counters"], resumed["counters"].get("world", 1)
+            moved = world != distributed.world_size()
+            for name in sorted(set(resumed["args"]) | set(args)):
+                old, new = resumed["args"].get(name), _plain(args.get(name))
+                if name not in may_change and old != new and not (moved and name == "batch_size"):
                     raise ValueError(f"{self.models} was trained with {name} {old}, now it is {new}: "
                                      "--resume needs the same flags")
-            self.epoch, self.batch, self.step = (found["counters"][name] for name in ("epoch", "batch", "step"))
-            self.seconds, self.best = found["counters"]["seconds"], found["best"]
+            self.epoch, self.batch, self.step = (counters[name] for name in ("epoch", "batch", "step"))
+            self.seconds, self.best = counters["seconds"], resumed["best"]
             if moved:  # batches of another size: go on at the first that is not all done
-                done = self.batch * found["args"]["batch_size"] * found["counters"].get("world", 1)
+                done = self.batch * resumed["args"]["batch_size"] * world
                 self.batch = done // (args["batch_size"] * distributed.world_size())
             print(f"resuming {last} at epoch {self.epoch + 1}, step {self.step}")
-            return found
+            return resumed
         if self.args.resume:
             print(f"nothing to resume in {self.models}: starting anew")
         if not distributed.rank():
@@ -152,21 +160,27 @@ class Run:
     def _epoch_name(self):
         return f"epoch {self.epoch + 1}" + ("" if self.args.minutes else f"/{self.args.num_epochs}")
 
-    def schedule_lr(self, optimizer, loader):
+    def schedule_lr(self, optimizer, loader, lr=None):
         """Set the learning rate of this step: linear warm-up, then constant or half a cosine down to zero at the end.
 
-        The end is that of the last epoch of `loader`, or of the time where --minutes sets one.
+        The end is that of the last epoch of `loader`, or of the time where --minutes sets one. Steps are counted by
+        epoch and batch, so that the schedule fits where a run goes on with batches of another size.
+        lr: the rate that is scheduled, --lr by default.
         """
         args, warmup = self.args, self.args.warmup_steps
-        scale = min(1., (self.step + 1) / (warmup + 1))
-        if args.lr_schedule == "cosine" and self.step >= warmup:
-            if args.minutes:
-                share = min(1., self._time_share())
-            else:
-                share = (self.step - warmup) / max(1, args.num_epochs * len(loader) - warmup)
+        step, steps = self.epoch * len(loader) + self.batch, args.num_epochs * len(loader)
+        if args.minutes:
+            done = min(1., self._time_share())
+            rise = done / warmup if 0 < warmup < 1 else (step + 1) / (warmup + 1)
+            share = max(0., done - warmup) / (1 - warmup) if warmup < 1 else done
+        else:
+            warmup = round(warmup * steps) if warmup < 1 else warmup
+            rise, share = (step + 1) / (warmup + 1), (step - warmup) / max(1, steps - warmup)
+        scale = min(1., rise)
+        if args.lr_schedule == "cosine" and rise >= 1:
             scale = 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * scale
+            group["lr"] = (lr or args.lr) * scale
 
     def _stop_if_asked(self):
         if distributed.mean(self.signal is not None):  # on any process: all leave the loop at the same batch
@@ -205,20 +219,21 @@ class Run:
         print(f"{self._epoch_name()}  " + "  ".join(
             f"{name} {value:.4g}" for name, value in values.items()) + ("  best" if improved else ""), flush=True)
 
-    def save(self, name):
+    def save(self, name, **instead):
+        """Save the state as models/<output folder>/<name>; `instead` replaces entries of it."""
         counters = {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds,
                     "world": distributed.world_size()}
         checkpoint.save(self.models / name, self.kind, {
             "args": {name: _plain(value) for name, value in vars(self.args).items()}, "counters": counters,
-            "best": self.best, "random": checkpoint.random_state(), **self.contents()})
+            "best": self.best, "random": checkpoint.random_state(), **_saved(self.state | instead)})
         distributed.barrier()
 
-    def improved(self, value, larger_is_better):
-        """Keep a validation value if it is the best so far, and the models with it in best.pt."""
+    def improved(self, value, larger_is_better, **instead):
+        """Keep a validation value if it is the best so far, and the state with it, as in `save`, in best.pt."""
         better = self.best is None or (value > self.best if larger_is_better else value < self.best)
         if better:
             self.best = value
-            self.save("best.pt")
+            self.save("best.pt", **instead)
         return better
 
     def finish(self, hparams, results):
@@ -236,3 +251,19 @@ class Run:
 
 def _plain(value):
     return list(value) if isinstance(value, tuple) else value
+
+
+def _saved(state):
+    """A state with the state_dict of everything that has one."""
+    if isinstance(state, dict):
+        return {name: _saved(part) for name, part in state.items()}
+    return state.state_dict() if hasattr(state, "state_dict") else state
+
+
+def _restore(state, saved):
+    """Load into everything of a state that takes a state_dict what `_saved` made of it."""
+    for name, part in state.items():
+        if isinstance(part, dict):
+            _restore(part, saved[name])
+        elif hasattr(part, "load_state_dict"):
+            part.load_state_dict(saved[name])
