@@ -2,6 +2,7 @@
 
 To add a data set: write a function that returns its splits and give it a row in `DATASETS` at the end of this file.
 """
+import argparse
 import csv
 import hashlib
 import io
@@ -33,7 +34,8 @@ def add_arguments(parser):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="photos", help="(default %(default)s)")
     group.add_argument("--image-size", type=cli.image_size, metavar="N|HxW", help="resize and center-crop the images")
-    group.add_argument("--flip", action="store_true", help="mirror half of the training images")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False,
+                       help="mirror half of the training images")
     add_folder_arguments(group)
 
 

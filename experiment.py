@@ -1,8 +1,10 @@
 """What the scripts that train a VQ-VAE share: flags, construction, validation and the last report."""
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import datasets
 import metrics
+import recipes
 from evaluation import measure
 from harness import checkpoint, cli, distributed, report
 from harness.run import Run, refuse_taken
@@ -18,7 +20,8 @@ ADAM_BETAS = (0.9, 0.99)  # a second moment that forgets the steep first steps: 
 
 
 def add_arguments(parser, output_folder):
-    """Flags of the data set, the loss, the model and the run."""
+    """Flags of the recipe, the data set, the loss, the model and the run."""
+    recipes.add_argument(parser)
     datasets.add_arguments(parser)
     group = parser.add_argument_group("reconstruction loss: weight of each term")
     for name in TERMS:
@@ -42,6 +45,9 @@ def add_arguments(parser, output_folder):
                        help="restart codes used less than this share of uniform usage; 0 never (default %(default)s)")
     group.add_argument("--frozen-codebook", metavar="PT", help="take encoder and codebook from this checkpoint, say "
                        "models/vqvae/best.pt, and train the decoder alone")
+    group = parser.add_argument_group("averaged weights")
+    group.add_argument("--average-weights", type=cli.share, default=0., metavar="DECAY", help="judge and keep a moving "
+                       "average of the weights over the updates, say 0.999; 0 is none (default %(default)g)")
     cli.add_arguments(parser, output_folder=output_folder, lr=2e-4)
     parser.add_argument("--monitor", choices=MONITORS, default="loss",
                         help="validation value that decides which epoch best.pt keeps (default %(default)s)")
@@ -50,7 +56,8 @@ def add_arguments(parser, output_folder):
 class Experiment:
     """Data, model, loss, optimizer and run, as the flags say; fails before anything is written.
 
-    `model` is what is saved; `network`, from `start` on, is what is trained: the same, over all processes.
+    `model` is what is saved; `network`, from `start` on, is what is trained: the same, over all processes; `judged` is
+    what is measured and kept in best.pt: the same, or the moving average of its weights.
     Call `start` before the first batch, `validate` after each epoch and `report` at the end.
     """
 
@@ -78,6 +85,8 @@ class Experiment:
         self.model.to(self.device, memory_format=torch.channels_last)
         learnt = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(learnt, lr=args.lr, betas=ADAM_BETAS, fused=self.device.type != "mps")
+        self.average = average_of(self.model, self.optimizer, args.average_weights) if args.average_weights else None
+        self.judged = self.average.module if self.average else self.model
 
     def start(self, **more):
         """Open the run, or go on with it; `more` names further modules and optimizers that its checkpoints hold."""
@@ -89,7 +98,7 @@ class Experiment:
                   + ", ".join(f"{weight:.3f}" for weight in scales))
         self.run = Run("vqvae", self.args, self.device, {
             "model": self.model, "optimizer": self.optimizer, **more, "model_args": self.model_args,
-            "data": self.data.facts(), "loss": loss})
+            "data": self.data.facts(), "loss": loss} | ({"average": self.average} if self.average else {}))
         if self.args.compile:
             self.model.compile_networks()
         self.network = distributed.wrap(self.model, self.device)
@@ -98,8 +107,8 @@ class Experiment:
     def validate(self):
         """Measure the validation split, the same metrics whatever is trained; keep the best epoch."""
         run, shown = self.run, self.data.valid.examples(PICTURES)
-        values = measure(self.model, self.data.valid, self.criterion, self.autocast)[1]
-        improved = run.improved(values[self.args.monitor], MONITORS[self.args.monitor])
+        values = measure(self.judged, self.data.valid, self.criterion, self.autocast)[1]
+        improved = run.improved(values[self.args.monitor], MONITORS[self.args.monitor], model=self.judged)
         run.log({"loss/valid/reconstruction": values["loss"], "loss/valid/quantization": values["quantization"]})
         run.log({f"valid/{name}": value for name, value in values.items()})
         run.writer.add_image("original", report.image_rows([metrics.as_8bit(shown)]), run.step)
@@ -109,8 +118,8 @@ class Experiment:
     def report(self):
         """Measure the best epoch, once, on the test split: results.json, a picture and a table."""
         run = self.run
-        self.model.load_state_dict(checkpoint.load(run.models / "best.pt", "vqvae")["model"])
-        values = measure(self.model, self.data.test, self.criterion)[1]
+        self.judged.load_state_dict(checkpoint.load(run.models / "best.pt", "vqvae")["model"])
+        values = measure(self.judged, self.data.test, self.criterion)[1]
         run.log({"loss/test/reconstruction": values["loss"], "loss/test/quantization": values["quantization"]})
         x = self.data.test.examples(PICTURES)
         picture = report.save_picture(run.models / "reconstructions.png", [metrics.as_8bit(x), self.reconstruct(x)])
@@ -122,7 +131,26 @@ class Experiment:
     @torch.no_grad()
     def reconstruct(self, x):
         """Reconstructions of x (B, C, H, W) in [-1, 1] as an image file would hold them: in [0, 1], 8 bits."""
-        was_training = self.model.training
-        x_tilde = self.model.eval()(x)[0]
-        self.model.train(was_training)
+        was_training = self.judged.training
+        x_tilde = self.judged.eval()(x)[0]
+        self.judged.train(was_training)
         return metrics.as_8bit(x_tilde)
+
+
+def average_of(model, optimizer, decay):
+    """Exponential moving average of a model's weights and statistics, brought up to date after each optimizer step.
+
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the first random weights are soon forgotten. What
+    is counted in whole numbers is copied.
+    """
+    def average(averages, values, _):
+        updates = int(averaged.n_averaged)  # lies on the CPU
+        if averages[0].is_floating_point():
+            get_ema_multi_avg_fn(min(decay, (1 + updates) / (10 + updates)))(averages, values, updates)
+        else:
+            for old, new in zip(averages, values):
+                old.copy_(new)
+
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(model))
+    return averaged

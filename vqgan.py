@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import experiment
+import recipes
 from harness import cli, distributed
 
 DISCRIMINATOR_BETAS = (0.5, 0.9)
@@ -28,7 +29,7 @@ def parse_args():
     group.add_argument("--disc-lr", type=cli.positive, help="(default --lr)")
     group.add_argument("--perceptual-weight", type=cli.not_negative, default=0., metavar="W",
                        help="of a distance of EfficientNet-Lite0 features, pretrained (default %(default)g)")
-    return parser.parse_args()
+    return recipes.parse_args(parser)
 
 
 def main():

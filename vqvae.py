@@ -4,13 +4,14 @@ import argparse
 import torch.nn.functional as F
 
 import experiment
+import recipes
 from harness import cli
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     experiment.add_arguments(parser, output_folder="vqvae")
-    args = parser.parse_args()
+    args = recipes.parse_args(parser)
 
     setup = experiment.Experiment(args)
     run, model, optimizer, criterion = setup.start(), setup.network, setup.optimizer, setup.criterion

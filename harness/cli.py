@@ -38,6 +38,13 @@ def not_negative(text, low=0., strict=False):
 positive = partial(not_negative, strict=True)
 
 
+def share(text):
+    value = not_negative(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"must be a share below 1, got {text}")
+    return value
+
+
 def steps_or_share(text):
     """A whole number of steps, or a share of all of them below 1."""
     value = not_negative(text)

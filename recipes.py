@@ -1,0 +1,23 @@
+"""Recipes: sets of flags of the scripts that train a VQ-VAE, by name; `--recipe NAME` stands for them."""
+import sys
+
+_SCHEDULE = "--lr 2e-3 --lr-schedule cosine --warmup-steps 0.1 --beta 0.1 --flip"
+
+RECIPES = {
+    "mse": _SCHEDULE,
+    "recommended": f"{_SCHEDULE} --mse-weight 0 --psnr-weight 1 --root-ssim-weight 0.4 --chroma-weight 1 --sharpen 0.3",
+    "recommended-photos": f"{_SCHEDULE} --mse-weight 0 --l1-weight 1 --root-ssim-weight 0.4 --chroma-weight 1 "
+                          "--sharpen 0.3",
+}
+
+
+def add_argument(parser):
+    parser.add_argument("--recipe", choices=RECIPES, help="stands for these flags, each of which may be given as well "
+                        "and then wins; " + "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items()))
+
+
+def parse_args(parser, argv=None):
+    """The flags of a command line (default the script's own), behind those of its recipe."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    return parser.parse_args([*RECIPES[args.recipe].split(), *argv]) if args.recipe else args
