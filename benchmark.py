@@ -91,7 +91,7 @@ def _plain_step(files):
     def step():
         x = torch.stack([transform(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
         z_e = model.encoder(x)
-        vectors, codes = z_e.permute(0, 2, 3, 1).contiguous(), model.codebook.embedding.weight
+        vectors, (codes,) = z_e.permute(0, 2, 3, 1).contiguous(), model.codebook.parameters()
         flat = vectors.detach().view(-1, HIDDEN)
         distances = torch.addmm((codes ** 2).sum(1) + (flat ** 2).sum(1, keepdim=True), flat, codes.t(), alpha=-2.)
         z_q = codes.index_select(0, distances.argmin(1)).view_as(vectors).permute(0, 3, 1, 2).contiguous()
@@ -107,7 +107,7 @@ def _our_step(batches, weights, sharpen=0., compiled=False):
     """The step of vqvae.py with its default flags."""
     device = batches.device
     autocast, criterion = cli.autocast(device, "auto"), ReconstructionLoss(weights, sharpen=sharpen)
-    model = VectorQuantizedVAE(3, HIDDEN, CODES, learner="ema", data_init=True, restart_below=0.02)
+    model = VectorQuantizedVAE(3, HIDDEN, CODES, quantizer="ema", data_init=True, restart_below=0.02)
     model = model.to(device, memory_format=torch.channels_last).train()
     if compiled:
         model.compile_networks()

@@ -1,4 +1,6 @@
 """What the scripts that train a VQ-VAE share: flags, construction, validation and the last report."""
+import argparse
+
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -10,7 +12,7 @@ from harness import checkpoint, cli, distributed, report
 from harness.run import Run, refuse_taken
 from losses import TERMS, ReconstructionLoss, ms_ssim_weights
 from modules import VectorQuantizedVAE
-from quantizers import CODEBOOK_LEARNERS
+from quantizers import QUANTIZERS, settings_of
 
 MONITORS = {"loss": False, "mse": False, "psnr": True, "ssim": True}  # name -> larger is better
 TABLE = ("mse", "psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "perplexity", "used_codes")
@@ -37,9 +39,12 @@ def add_arguments(parser, output_folder):
     group.add_argument("--downsample", type=int, choices=(4, 8, 16), default=4, help="sides of an image over those of "
                        "its latents; 4 is the published model (default %(default)s)")
     group.add_argument("--beta", type=cli.not_negative, default=1.0, help="weight of the commitment loss")
-    group.add_argument("--codebook", choices=CODEBOOK_LEARNERS, default="ema", help="how codes learn: moving averages "
-                       "of encoder outputs, or gradient descent (default %(default)s)")
-    group.add_argument("--codebook-decay", type=cli.not_negative, default=0.99, help="(default %(default)s)")
+    group.add_argument("--quantizer", choices=QUANTIZERS, default="ema", help="how latents are found and learnt: a "
+                       "codebook of moving averages, by gradient descent, ... (default %(default)s)")
+    group.add_argument("--codebook", dest="quantizer", choices=("ema", "gradient"), default=argparse.SUPPRESS,
+                       help=argparse.SUPPRESS)  # its name in older commands
+    group.add_argument("--codebook-decay", type=cli.not_negative, default=0.99, help="of the averages of a learnt "
+                       "codebook, as the next two no effect on others (default %(default)s)")
     group.add_argument("--no-codebook-init", action="store_true", help="start from random codes, not encoder outputs")
     group.add_argument("--restart-below", type=cli.not_negative, default=0.02, metavar="SHARE",
                        help="restart codes used less than this share of uniform usage; 0 never (default %(default)s)")
@@ -72,14 +77,23 @@ class Experiment:
                                       args.seed, args.limit, args.num_workers)
         self.data.shard(distributed.rank(), distributed.world_size())
         VectorQuantizedVAE.check_size(self.data.size, args.downsample)
+        if min(self.data.train.sizes()) == 1 and max(self.data.size) == args.downsample:
+            raise ValueError(f"an image of {self.data.size[0]}x{self.data.size[1]} is one latent, and one alone is too "
+                             "little for batch norm: pass a --batch-size of 2 or more that does not leave one of the "
+                             f"{len(self.data.train.labels)} training images over, or a larger --image-size")
         shape = (self.data.channels, *self.data.size)
         self.criterion = ReconstructionLoss(weights, args.balance, shape, args.sharpen).to(self.device)
 
         torch.manual_seed(args.seed)
+        settings = {"decay": args.codebook_decay, "data_init": not args.no_codebook_init,
+                    "restart_below": args.restart_below}
         self.model_args = {"input_dim": self.data.channels, "dim": args.hidden_size, "K": args.k,
-                           "downsample": args.downsample, "learner": args.codebook, "decay": args.codebook_decay,
-                           "data_init": not args.no_codebook_init, "restart_below": args.restart_below}
+                           "downsample": args.downsample, "quantizer": args.quantizer,
+                           **{name: settings[name] for name in settings if name in settings_of(args.quantizer)}}
         self.model = VectorQuantizedVAE(**self.model_args)
+        self.model_args["K"] = self.model.K
+        if self.model.codebook.extra_repr():
+            print(f"--quantizer {args.quantizer} --k {args.k}: {self.model.codebook.extra_repr()}")
         if args.frozen_codebook:
             self.model.freeze_codes(checkpoint.load(args.frozen_codebook, "vqvae"))
         self.model.to(self.device, memory_format=torch.channels_last)
@@ -98,7 +112,8 @@ class Experiment:
                   + ", ".join(f"{weight:.3f}" for weight in scales))
         self.run = Run("vqvae", self.args, self.device, {
             "model": self.model, "optimizer": self.optimizer, **more, "model_args": self.model_args,
-            "data": self.data.facts(), "loss": loss} | ({"average": self.average} if self.average else {}))
+            "data": self.data.facts(), "loss": loss} | ({"average": self.average} if self.average else {}),
+            renamed={"codebook": "quantizer"})
         if self.args.compile:
             self.model.compile_networks()
         self.network = distributed.wrap(self.model, self.device)

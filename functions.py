@@ -2,10 +2,12 @@
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
 
 CPU_BLOCK, BLOCK = 2 ** 20, 2 ** 26  # distances held at any one time: 4 MB of float32 stay in a CPU's cache
 CODES = 2048  # codes that a block spans at most: more make it too thin for a fast matrix product
 GROUP = 64  # codes whose least distance is found at once, far cheaper than its index; `CODES` is a multiple of it
+ROTATION_EPS = 1e-6  # lengths below are no direction
 _CENTER_STEPS = 2 ** 12  # the center of the codebook is rounded to this fraction of the scale: see _nearest
 C1, C2 = 0.01 ** 2, 0.03 ** 2  # of SSIM
 TILE = 64  # pixels of a filter's output that come out of one matrix product
@@ -76,6 +78,41 @@ class _StraightThrough(Function):
             grad_codebook = grad_codes.new_zeros(ctx.codebook_shape)
             grad_codebook.index_add_(0, indices, grad_codes.reshape(-1, ctx.codebook_shape[1]))
         return grad_inputs, grad_codebook
+
+
+def rotation_st(inputs, codes):
+    """The codes of inputs, with the gradient of the rotation trick (Fifty et al. 2024, arXiv 2410.06424, section 4.2).
+
+    The gradient is that of lambda R e at constant lambda and R: R rotates e, an input, to the direction of q, its code,
+    in the plane of both, and lambda = |q| / |e|. Angles between a gradient and a code are kept at the input.
+
+    Args:
+        inputs: (B, D, h, w) floating point. codes: (B, D, h, w).
+    Returns:
+        (B, D, h, w): the codes; no gradient reaches `codes`.
+    """
+    return _RotationTrick.apply(inputs, codes)
+
+
+class _RotationTrick(Function):
+    @staticmethod
+    def forward(ctx, inputs, codes):
+        ctx.save_for_backward(inputs, codes)
+        return codes.view_as(codes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_codes):
+        inputs, codes = ctx.saved_tensors
+        e, q = (normalize(vectors.float(), dim=1, eps=ROTATION_EPS) for vectors in (inputs, codes))
+        r, scale = normalize(e + q, dim=1, eps=ROTATION_EPS), _length(codes) / _length(inputs).clamp(min=ROTATION_EPS)
+        # R = I - 2 r r' + 2 q e', transposed.
+        turned = grad_codes - 2 * r * (r * grad_codes).sum(1, True) + 2 * e * (q * grad_codes).sum(1, True)
+        return (scale * turned).to(inputs.dtype), None
+
+
+def _length(vectors):
+    return vectors.float().norm(dim=1, keepdim=True)
 
 
 def _check(inputs, codebook):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantizers import VQEmbedding
+from quantizers import QUANTIZERS, VQEmbedding  # noqa: F401 (VQEmbedding is looked for here)
 
 
 def _initialise(module):
@@ -48,16 +48,19 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
     Args:
         input_dim: channels C of the images.
         dim: width of every layer, and D of the codes.
-        K: number of codes.
+        K: number of codes asked for; the attribute is the number that the quantizer has.
         downsample: sides of an image over those of its latents, a power of two of at least 4.
-        codebook: further arguments of `VQEmbedding`.
+        quantizer: a row of `QUANTIZERS`; "gradient" is the published codebook. `settings` are its further arguments.
     """
 
     codes_frozen = False
 
-    def __init__(self, input_dim, dim, K=512, downsample=4, **codebook):
+    def __init__(self, input_dim, dim, K=512, downsample=4, quantizer="gradient", **settings):
         super().__init__()
-        self.input_dim, self.dim, self.K, self.downsample = input_dim, dim, K, downsample
+        quantizer = settings.pop("learner", quantizer)  # its name in older checkpoints
+        if quantizer not in QUANTIZERS:
+            raise ValueError(f"the quantizer must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
+        self.input_dim, self.dim, self.downsample, self.quantizer = input_dim, dim, downsample, quantizer
         deeper = downsample.bit_length() - 3  # halvings beyond the published two
         self.encoder = nn.Sequential(
             nn.Conv2d(input_dim, dim, 4, 2, 1),
@@ -69,7 +72,8 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
             ResBlock(dim),
             ResBlock(dim),
         )
-        self.codebook = VQEmbedding(K, dim, **codebook)
+        self.codebook = QUANTIZERS[quantizer](K, dim, **settings)
+        self.K = self.codebook.K
         self.decoder = nn.Sequential(
             ResBlock(dim),
             ResBlock(dim),
@@ -93,10 +97,10 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
         """Take encoder and codebook from another model's checkpoint contents, and learn the decoder alone.
 
         Raises:
-            ValueError: that model's channels, width or number of codes differ.
+            ValueError: that model's channels, width, number of codes, downsampling or quantizer differ.
         """
         other = VectorQuantizedVAE.rebuild(found)
-        for name in ("input_dim", "dim", "K", "downsample"):
+        for name in ("input_dim", "dim", "K", "downsample", "quantizer"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(f"the frozen codebook has {name} {getattr(other, name)}, this model "
                                  f"{getattr(self, name)}: pass the flags that it was trained with")
@@ -123,8 +127,7 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
 
     def decode(self, latents):
         """Images (B, C, f h, f w) in [-1, 1] of latents (B, h, w) int64."""
-        z_q = self.codebook.embedding(latents).permute(0, 3, 1, 2)  # (B, D, h, w)
-        return self.decoder(z_q)
+        return self.decoder(self.codebook.embed(latents))
 
     def forward(self, x):
         """Reconstruct images x (B, C, H, W) in [-1, 1].

@@ -1,26 +1,43 @@
-"""Quantizers: encoder outputs to discrete latents and back."""
+"""Quantizers: encoder outputs to discrete latents and back.
+
+A quantizer is an `nn.Module` made of (K, D), the number of codes asked for and the width of z_e, and settings with
+defaults, that has
+
+    forward(z_e (B, D, h, w)) -> latents (B, h, w) int64 in 0...K-1
+    embed(latents (B, h, w)) -> z_q (B, D, h, w) in float32, what the decoder sees of them
+    straight_through(z_e) -> z_q_st, z_q, both (B, D, h, w) in float32: z_q_st has the value `embed(forward(z_e))` and
+        the gradient that the decoder's sends to the encoder; z_q is what the losses ||sg[z_e] - z_q||^2 and
+        ||z_e - sg[z_q]||^2 are taken with: where the paper has no such losses it is z_e itself
+    K: the number of codes that it has
+
+In training mode `straight_through` may learn; in eval mode nothing changes. Nothing outside this file looks further in.
+To add one: write the class, give it a row in `QUANTIZERS` at the end. Its name for `--quantizer` and its tests follow.
+"""
+import inspect
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from functions import vq, vq_st
+from functions import rotation_st, vq, vq_st
 from harness import distributed
 
-CODEBOOK_LEARNERS = ("ema", "gradient")
-_TRIAL = 0.05  # usage, in units of uniform, that a restarted code is credited with: it has to earn the rest soon
-_LAPLACE = 1e-5  # smooths the average counts, so that a code nobody uses does not divide by zero
+# Usage, in units of uniform, that a new code is credited with: a multiple of the threshold of restarts, so that it has
+# the time of ln 2.5 / (1 - decay) steps to earn the rest; so much where nothing restarts.
+_TRIAL, _TRIAL_WITHOUT_RESTARTS = 2.5, 0.05
+_EPS = 1e-5  # keeps the division by an average count, or by a length, of nothing finite
 
 
 class VQEmbedding(nn.Module):
-    """Codebook of K codes of width D, learnt by gradient descent or by exponential moving averages.
+    """Codebook of K codes of width D: a latent is its nearest code (van den Oord et al. 2017, arXiv 1711.00937).
 
-    In training mode `straight_through` also keeps the codebook healthy; in eval mode nothing changes.
-    As constructed by default it is the published gradient codebook, untouched by anything but its optimizer.
+    The loss ||sg[z_e] - z_q||^2 moves the codes by gradient descent. As constructed by default it is the published
+    codebook, untouched by anything but its optimizer; in training mode `straight_through` can also keep it healthy.
 
     Args:
         K, D: number of codes, width of a code.
-        learner: "gradient" (the loss ||sg[z_e] - z_q||^2 moves the codes) or "ema" (each code is the moving average
-            of the encoder outputs assigned to it: van den Oord et al. 2017, appendix A.1; no gradient reaches it).
-        decay: of the moving averages, per step.
+        decay: of the moving averages of each code's usage and encoder outputs, per step.
         data_init: the first K encoder outputs drawn at random from the first batches replace the random codes.
         restart_below: a code used less than this share of uniform usage restarts at a random encoder output
             (Dhariwal et al. 2020, arXiv 2005.00341, appendix A); 0 never restarts.
@@ -28,77 +45,89 @@ class VQEmbedding(nn.Module):
         ValueError: an argument is out of its range.
     """
 
-    def __init__(self, K, D, learner="gradient", decay=0.99, data_init=False, restart_below=0.0):
+    learns_by_gradient = True
+
+    def __init__(self, K, D, decay=0.99, data_init=False, restart_below=0.0):
         super().__init__()
         if K < 1 or D < 1:
             raise ValueError(f"a codebook needs at least one code of at least one dimension, got K={K}, D={D}")
-        if learner not in CODEBOOK_LEARNERS:
-            raise ValueError(f"codebook learner must be one of {', '.join(CODEBOOK_LEARNERS)}, got {learner!r}")
         if not 0 <= decay < 1 or not 0 <= restart_below < 1:
             raise ValueError(f"decay and restart threshold lie in [0, 1), got {decay} and {restart_below}")
-        self.learner, self.decay, self.data_init, self.restart_below = learner, decay, data_init, restart_below
+        self.K, self.decay, self.data_init, self.restart_below = K, decay, data_init, restart_below
+        self.trial = _TRIAL * restart_below or _TRIAL_WITHOUT_RESTARTS
         self.embedding = nn.Embedding(K, D)
-        self.embedding.weight.data.uniform_(-1. / K, 1. / K)
-        self.embedding.weight.requires_grad_(learner == "gradient")
+        self.embedding.weight.data = self._placed(self.embedding.weight.data.uniform_(-1. / K, 1. / K))
+        self.embedding.weight.requires_grad_(self.learns_by_gradient)
         self.register_buffer("average_count", torch.ones(K))
         self.register_buffer("average_sum", self.embedding.weight.data.clone())
         self.register_buffer("initialised", torch.tensor(0 if data_init else K))
 
     def forward(self, z_e):
         """Latents (B, h, w) int64: the nearest code of each position of z_e (B, D, h, w)."""
-        return vq(z_e.permute(0, 2, 3, 1), self.embedding.weight)
+        return vq(self._placed(z_e.permute(0, 2, 3, 1)), self.embedding.weight)
+
+    def embed(self, latents):
+        """Codes z_q (B, D, h, w) of latents (B, h, w)."""
+        return self.embedding(latents).permute(0, 3, 1, 2)
 
     def straight_through(self, z_e):
         """Quantized z_e (B, D, h, w), twice, both (B, D, h, w) in float32.
 
         Returns:
             z_q_st: its gradient passes to z_e unchanged and never to the codebook; feed it to the decoder.
-            z_q: its gradient reaches the codebook (learner "gradient") and never z_e; use it in the losses.
+            z_q: its gradient reaches a codebook that learns by it and never z_e; use it in the losses.
         """
-        vectors = z_e.permute(0, 2, 3, 1)  # (B, h, w, D), no copy where z_e is channels_last
+        vectors = self._placed(z_e.permute(0, 2, 3, 1))  # (B, h, w, D), no copy where z_e is channels_last
         if self.training and self.data_init:
             self._fill(vectors)
         codes, indices = vq_st(vectors, self.embedding.weight.detach())
-        z_q = self.embedding(indices).view(vectors.shape)
+        z_q = self.embed(indices.view(vectors.shape[:-1]))
         if self.training:
             self._update(vectors, indices)
-        return codes.permute(0, 3, 1, 2), z_q.permute(0, 3, 1, 2)
+        return codes.permute(0, 3, 1, 2), z_q
+
+    def _placed(self, vectors):
+        """Codes or encoder outputs (..., D) where they may lie: here, anywhere."""
+        return vectors
+
+    def _learn(self):
+        """Move the codes to their averages: here their optimizer moves them."""
 
     @torch.no_grad()
     def _fill(self, vectors):
         filled = int(self.initialised)
-        if filled == self.embedding.num_embeddings:
+        if filled == self.K:
             self.data_init = False
             return
         vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
         count, offset = distributed.count_of(vectors)
-        index = torch.randperm(count, device=vectors.device)[:self.embedding.num_embeddings - filled]
+        index = torch.randperm(count, device=vectors.device)[:self.K - filled]
         drawn, replaced = distributed.take(vectors, index, offset), slice(filled, filled + len(index))
         self.embedding.weight.data[replaced] = drawn
-        self.average_sum[replaced] = drawn * _TRIAL
-        self.average_count[replaced] = _TRIAL
+        self.average_sum[replaced] = drawn * self.trial
+        self.average_count[replaced] = self.trial
         self.initialised += len(drawn)
 
     @torch.no_grad()
     def _update(self, vectors, indices):
         vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
         weight = self.embedding.weight.data
-        count = distributed.total(torch.bincount(indices, minlength=len(weight)).float())  # (K,)
+        count = vectors.new_zeros(self.K).index_add_(0, indices, vectors.new_ones(len(vectors)))
+        count = distributed.total(count)  # (K,)
         total = distributed.total(torch.zeros_like(weight).index_add_(0, indices, vectors))  # (K, D)
         rows, offset = distributed.count_of(vectors)
         # Averages are kept in units of uniform usage, so that they do not depend on the batch's size.
         unit = len(weight) / rows
         self.average_count.lerp_(count * unit, 1 - self.decay)
         self.average_sum.lerp_(total * unit, 1 - self.decay)
-        if self.learner == "ema":
-            weight.copy_(self.average_sum / (self.average_count + _LAPLACE).unsqueeze(1))
+        self._learn()
         if self.restart_below:
             dead = (self.average_count < self.restart_below).unsqueeze(1)  # (K, 1)
             index = torch.randint(rows, (len(weight),), device=vectors.device)
             drawn = distributed.take(vectors, index, offset)
             weight.copy_(torch.where(dead, drawn, weight))
-            self.average_sum.copy_(torch.where(dead, drawn * _TRIAL, self.average_sum))
-            self.average_count.masked_fill_(dead.squeeze(1), _TRIAL)
+            self.average_sum.copy_(torch.where(dead, drawn * self.trial, self.average_sum))
+            self.average_count.masked_fill_(dead.squeeze(1), self.trial)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # A checkpoint of the public pytorch-vqvae project holds the codes alone: they count as initialised and in use.
@@ -108,3 +137,112 @@ class VQEmbedding(nn.Module):
             state_dict[prefix + "average_sum"] = codes.clone()
             state_dict[prefix + "initialised"] = torch.tensor(len(codes))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class MovingAverages(VQEmbedding):
+    """Each code is the moving average of the encoder outputs assigned to it (van den Oord et al. 2017, appendix A.1).
+
+    No gradient reaches the codes: the loss ||sg[z_e] - z_q||^2 is measured and moves nothing.
+    """
+
+    learns_by_gradient = False
+
+    def _learn(self):
+        averages = self.average_sum / (self.average_count + _EPS).unsqueeze(1)
+        self.embedding.weight.copy_(self._placed(averages))
+
+
+class Cosine(MovingAverages):
+    """Codes and encoder outputs of unit length: the nearest code is that of the largest cosine similarity.
+
+    Yu et al. 2022, arXiv 2110.04627 (ViT-VQGAN), section 3.2; here the codes are moving averages, brought back to unit
+    length at each step. The decoder's gradient passes through the division of z_e by its length, so that it turns z_e
+    and never stretches it; the commitment loss alone draws its length, towards that of the codes.
+    """
+
+    def _placed(self, vectors):
+        return F.normalize(vectors.float(), dim=-1, eps=_EPS)
+
+
+class Rotation(MovingAverages):
+    """Moving averages; the decoder's gradient is turned with the rotation of z_e to its code, and scaled alike.
+
+    Fifty et al. 2024, arXiv 2410.06424.
+    """
+
+    def straight_through(self, z_e):
+        _, z_q = super().straight_through(z_e)
+        return rotation_st(z_e, z_q), z_q
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantization: a few bounded numbers, each rounded to one of a few levels.
+
+    Mentzer et al. 2023, arXiv 2309.15505. The grid is fixed: no codebook to learn, no losses but the reconstruction's,
+    no dead codes. K is the product of the levels, as near to the K asked for as `fsq_levels` comes.
+    """
+
+    def __init__(self, K, D):
+        super().__init__()
+        levels = fsq_levels(K)
+        self.K, self.narrow, self.widen = math.prod(levels), nn.Linear(D, len(levels)), nn.Linear(len(levels), D)
+        strides = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("strides", torch.tensor(strides), persistent=False)
+
+    def extra_repr(self):
+        return f"{' x '.join(map(str, self.levels.tolist()))} levels = {self.K} codes"
+
+    def forward(self, z_e):
+        digits = self._bounded(z_e).round().long() + self.levels // 2  # (B, h, w, number of levels)
+        return (digits * self.strides).sum(-1)
+
+    def embed(self, latents):
+        return self._widened(latents.unsqueeze(-1) // self.strides % self.levels - self.levels // 2)
+
+    def straight_through(self, z_e):
+        numbers = self._bounded(z_e)
+        return self._widened(numbers + (numbers.round() - numbers).detach()), z_e.detach().float()
+
+    def _bounded(self, z_e):
+        """Numbers (B, h, w, number of levels) that round to `levels` integers; around -1/2 where those are even."""
+        half, offset = (self.levels - 1) * (1 + _EPS) / 2, (1 - self.levels % 2) / 2
+        with torch.autocast(z_e.device.type, enabled=False):
+            numbers = self.narrow(z_e.permute(0, 2, 3, 1).float())
+        return torch.tanh(numbers + torch.atanh(offset / half)) * half - offset
+
+    def _widened(self, numbers):
+        with torch.autocast(numbers.device.type, enabled=False):
+            return self.widen(numbers / (self.levels // 2)).permute(0, 3, 1, 2)
+
+
+def fsq_levels(K):
+    """Levels of 2 to 8, largest first, whose product is nearest to K; of such, those whose least is the largest.
+
+    The paper's advice is five or more of each, of which few products are powers of two.
+
+    Raises:
+        ValueError: K is below 2.
+    """
+    if K < 2:
+        raise ValueError(f"fsq needs at least 2 codes, got {K}")
+    found, longer = [], [(level,) for level in range(2, 9)]
+    while longer:
+        found += longer
+        longer = [(*levels, level) for levels in longer for level in range(2, levels[-1] + 1)
+                  if math.prod(levels) * level < 2 * K]
+    return min(found, key=lambda levels: (abs(math.prod(levels) - K), -levels[-1], len(levels), levels))
+
+
+QUANTIZERS = {
+    "ema": MovingAverages,
+    "gradient": VQEmbedding,
+    "cosine": Cosine,
+    "fsq": FSQ,
+    "rotation": Rotation,
+}
+
+
+def settings_of(name):
+    """Names of the settings that a quantizer's constructor takes beside K and D."""
+    return set(inspect.signature(QUANTIZERS[name]).parameters) - {"K", "D"}

@@ -1,4 +1,4 @@
-"""The networks against the public project's outputs, and the health of the codebook."""
+"""The networks against the public project's outputs, and what each loss reaches."""
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from modules import VectorQuantizedVAE, VQEmbedding
 
 FIXTURE = Path(__file__).parent / "test_fixtures" / "upstream_compat.pt"
-HEALTHY = {"learner": "ema", "data_init": True, "restart_below": 0.02}
+HEALTHY = {"learner": "ema", "data_init": True, "restart_below": 0.02}  # as older checkpoints say it
 
 
 @pytest.fixture(scope="module")
@@ -114,67 +114,6 @@ def test_eval_mode_freezes_everything():
     for _ in range(3):
         model(torch.rand(2, 3, 16, 16) * 2 - 1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_moving_averages_find_the_means_of_clusters():
-    torch.manual_seed(0)
-    centers = torch.tensor([[-4., 0.], [4., 0.], [0., 6.]])
-    codebook = VQEmbedding(3, 2, learner="ema").train()
-    codebook.embedding.weight.copy_(centers / 10)  # each nearest to a cluster of its own
-    codebook.average_sum.copy_(centers / 10)
-    for _ in range(600):
-        points = centers[torch.randint(3, (256,))] + 0.1 * torch.randn(256, 2)
-        codebook.straight_through(points.view(4, 8, 8, 2).permute(0, 3, 1, 2))
-    torch.testing.assert_close(codebook.embedding.weight, centers, atol=0.05, rtol=0)
-
-
-def test_one_step_of_the_averages_is_the_published_formula():
-    torch.manual_seed(0)
-    codebook = VQEmbedding(4, 3, learner="ema", decay=0.9).train()
-    start, z_e = codebook.embedding.weight.detach().clone(), torch.randn(2, 3, 4, 4)
-    vectors = z_e.permute(0, 2, 3, 1).reshape(-1, 3)
-    chosen = F.one_hot(torch.cdist(vectors, start).argmin(1), 4).float()  # (N, K)
-    unit = 4 / len(vectors)  # of uniform usage
-    count = 0.9 + 0.1 * unit * chosen.sum(0)
-    total = 0.9 * start + 0.1 * unit * chosen.t() @ vectors
-    codebook.straight_through(z_e)
-    torch.testing.assert_close(codebook.embedding.weight, total / count.unsqueeze(1), atol=1e-4, rtol=1e-4)
-
-
-def test_codes_start_as_encoder_outputs_of_the_first_batches():
-    torch.manual_seed(0)
-    codebook = VQEmbedding(10, 4, data_init=True).train()
-    batches = [torch.randn(1, 4, 2, 2) for _ in range(4)]  # four vectors each: three batches fill ten codes
-    for batch in batches:
-        codebook.straight_through(batch)
-    vectors = torch.cat([batch.permute(0, 2, 3, 1).reshape(-1, 4) for batch in batches[:3]])
-    assert all((vectors == code).all(1).any() for code in codebook.embedding.weight)
-    assert int(codebook.initialised) == 10
-
-
-@pytest.mark.parametrize("learner", ["ema", "gradient"])
-def test_dead_codes_restart_with_their_averages(learner):
-    torch.manual_seed(0)
-    codebook = VQEmbedding(8, 4, learner=learner, decay=0.5, restart_below=0.1).train()
-    codebook.embedding.weight.data[5:] = 1e3  # nothing comes near
-    for _ in range(6):
-        codebook.straight_through(torch.randn(4, 4, 4, 4))
-    assert codebook.embedding.weight.abs().max() < 10
-    assert codebook.average_sum.abs().max() < 30 and (codebook.average_count > 0).all()
-
-
-def test_no_restart_where_it_is_switched_off():
-    codebook = VQEmbedding(8, 4, decay=0.5).train()
-    codebook.embedding.weight.data[5:] = 1e3
-    for _ in range(6):
-        codebook.straight_through(torch.randn(4, 4, 4, 4))
-    assert (codebook.embedding.weight[5:] == 1e3).all()
-
-
-@pytest.mark.parametrize("arguments", [{"K": 0}, {"D": 0}, {"learner": "magic"}, {"decay": 1.}, {"restart_below": -1}])
-def test_wrong_codebook_arguments(arguments):
-    with pytest.raises(ValueError):
-        VQEmbedding(**({"K": 4, "D": 4} | arguments))
 
 
 def test_channels_last_and_bfloat16_change_little():

@@ -50,17 +50,18 @@ class Run:
         state: what a checkpoint holds, a dict by name of anything with a state_dict (saved, and restored here where the
             run goes on) and of plain values (saved), dicts of them included.
         may_change: flags of the script's own that may change on --resume, beside `MAY_CHANGE_ON_RESUME`.
+        renamed: {old: new} names of flags that older runs knew by another.
     Raises:
         ValueError: the output folder holds a run and neither --resume nor --overwrite is given, or a flag that
             defines the run differs from the run's.
     """
 
-    def __init__(self, kind, args, device, state, may_change=()):
+    def __init__(self, kind, args, device, state, may_change=(), renamed=None):
         self.kind, self.args, self.device, self.state = kind, args, device, state
         self.models, self.logs = run_folder("models", args), run_folder("logs", args)
         self.epoch = self.batch = self.step = 0
         self.seconds, self.best = 0., None  # seconds of training, validation left aside
-        self.resumed = self._open(MAY_CHANGE_ON_RESUME | set(may_change))
+        self.resumed = self._open(MAY_CHANGE_ON_RESUME | set(may_change), renamed or {})
         if self.resumed:
             _restore(state, self.resumed)
             checkpoint.set_random_state(self.resumed["random"])
@@ -70,7 +71,7 @@ class Run:
         self.writer = SummaryWriter(str(self.logs), purge_step=self.step if self.resumed else None,
                                     write_to_disk=not distributed.rank())
 
-    def _open(self, may_change):
+    def _open(self, may_change, renamed):
         """The checkpoint to go on from, or None."""
         last, args = self.models / "last.pt", vars(self.args)
         refuse_taken(self.args)
@@ -80,8 +81,9 @@ class Run:
             resumed = checkpoint.load(last, self.kind)
             counters, world = resumed["counters"], resumed["counters"].get("world", 1)
             moved = world != distributed.world_size()
-            for name in sorted(set(resumed["args"]) | set(args)):
-                old, new = resumed["args"].get(name), _plain(args.get(name))
+            before = {renamed.get(name, name): value for name, value in resumed["args"].items()}
+            for name in sorted(set(before) | set(args)):
+                old, new = before.get(name), _plain(args.get(name))
                 if name not in may_change and old != new and not (moved and name == "batch_size"):
                     raise ValueError(f"{self.models} was trained with {name} {old}, now it is {new}: "
                                      "--resume needs the same flags")
