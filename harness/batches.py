@@ -30,6 +30,8 @@ class Batches:
     def sizes(self):
         """Number of images in each batch, all processes together; too few for each to have one join those before."""
         whole, rest = divmod(len(self.labels), self.batch_size)
+        if self.shuffle and whole:  # training drops the ragged tail of an epoch: all its batches weigh the same
+            return [self.batch_size] * whole
         if whole and rest and rest < self.world:
             return [self.batch_size] * (whole - 1) + [self.batch_size + rest]
         return [self.batch_size] * whole + [rest] * bool(rest)
@@ -60,11 +62,13 @@ class Batches:
 
     def _plan(self, epoch):
         """[(indices, flips or None)] of this process's batches of an epoch."""
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2 ** 63)
+        word = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(word >> np.uint64(1)))
         count = len(self.labels)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         flips = torch.rand(count, generator=generator) < 0.5 if self.flip else None
-        batches, flips = ([part.tensor_split(self.world)[self.rank] for part in column.split(self.sizes())]
+        sizes = self.sizes()
+        batches, flips = ([part.tensor_split(self.world)[self.rank] for part in column[:sum(sizes)].split(sizes)]
                           if column is not None else None for column in (order, flips))
         return list(zip(batches, flips or [None] * len(batches)))
 

@@ -56,18 +56,37 @@ def test_workers_go_on_into_the_next_epoch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count, batch", [(51, 8), (48, 8), (49, 8), (7, 8), (33, 16), (32, 16)])
 @pytest.mark.parametrize("world", [2, 3])
-def test_every_image_is_seen_once_an_epoch(count, batch, world):
+@pytest.mark.parametrize("train", [False, True])
+def test_processes_share_the_images_of_every_batch(count, batch, world, train):
     images, labels = torch.zeros(count, 4, 4, 1, dtype=torch.uint8), torch.arange(count)
     shares = []
     for rank in range(world):
-        batches = Batches(images, labels, batch, shuffle=True, flip=True)
+        batches = Batches(images, labels, batch, shuffle=train, flip=True)
         batches.shard(rank, world)
         shares.append([label for _, label in batches.epoch(3)])
         assert len(shares[-1]) == len(batches)
-    alone = [label for _, label in Batches(images, labels, batch * world, shuffle=True, flip=True).epoch(3)]
+    alone = [label for _, label in Batches(images, labels, batch * world, shuffle=train, flip=True).epoch(3)]
     seen = [torch.cat(parts) for parts in zip(*shares)]
     assert torch.equal(torch.cat(seen), torch.cat(alone)) and all(len(label) for share in shares for label in share)
     assert torch.equal(seen[0], alone[0]) or len(alone) == 2  # the same batches, a tail too small for all aside
+
+
+@pytest.mark.parametrize("count, lengths", [(51, [8] * 6), (48, [8] * 6), (8, [8]), (7, [7])])
+def test_training_drops_the_ragged_tail_and_evaluation_keeps_it(count, lengths):
+    images, labels = torch.zeros(count, 4, 4, 1, dtype=torch.uint8), torch.arange(count)
+    train = Batches(images, labels, 8, shuffle=True)
+    seen = [[label for _, label in train.epoch(epoch)] for epoch in range(40)]
+    assert all(list(map(len, epoch)) == lengths == train.sizes() for epoch in seen)
+    assert all(len(torch.cat(epoch).unique()) == sum(lengths) for epoch in seen)
+    assert len(torch.cat([label for epoch in seen for label in epoch]).unique()) == count  # another tail each epoch
+    assert torch.equal(torch.cat([label for _, label in Batches(images, labels, 8)]), labels)
+
+
+def test_no_two_pairs_of_seed_and_epoch_share_an_order():
+    images, labels = torch.zeros(50, 1, 1, 1, dtype=torch.uint8), torch.arange(50)
+    orders = {tuple(next(Batches(images, labels, 50, shuffle=True, seed=seed).epoch(epoch))[1].tolist())
+              for seed in (*range(8), 2 ** 61 - 1, 2 ** 61) for epoch in range(8)}
+    assert len(orders) == 80
 
 
 def test_every_kind_of_file_decodes_to_eight_bits(tmp_path):
