@@ -3,7 +3,6 @@
 To add a subject: write a function that returns {label: callable} with the reference first, and give it a row in
 `SUBJECTS` at the end of this file.
 """
-import argparse
 import ctypes
 import importlib
 import io
@@ -347,7 +346,7 @@ SUBJECTS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)} (default all)")
     parser.add_argument("--repeats", type=cli.positive_int, default=7, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")

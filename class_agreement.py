@@ -1,5 +1,4 @@
 """Does a prior draw the class it is asked for? A small classifier, trained on the real images, is the judge."""
-import argparse
 from pathlib import Path
 
 import torch
@@ -29,14 +28,14 @@ def accuracy(model, batches):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py")
     parser.add_argument("--prior", required=True, metavar="PT", help="checkpoint of pixelcnn_prior.py")
     parser.add_argument("--data-folder", help="(default the VQ-VAE's)")
     parser.add_argument("--epochs", type=cli.positive_int, default=2, help="of the judge (default %(default)s)")
     parser.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
     parser.add_argument("--temperature", type=cli.positive, default=1., help="(default %(default)s)")
-    parser.add_argument("--top-k", type=cli.positive_int)
+    parser.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     args = parser.parse_args()

@@ -44,7 +44,7 @@ FAR = 1.3  # times the Fréchet distance of MSE: beyond it a mix is left out of 
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__, allow_abbrev=False, epilog="All other flags go to vqvae.py, say --dataset cifar10 "
         f"--num-epochs 4; its defaults here: {' '.join(RECIPE)}")
     group = parser.add_mutually_exclusive_group(required=True)

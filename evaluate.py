@@ -1,5 +1,4 @@
 """Evaluate VQ-VAEs on the test split: one table with intervals, one picture, one JSON file."""
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ SHOWN = ("psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "saturation_r
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--model", nargs="+", required=True, metavar="PT", help="checkpoints of vqvae.py")
     parser.add_argument("--data-folder", help="(default the first model's)")
     parser.add_argument("--features", choices=FEATURES, default="effnet-lite0",

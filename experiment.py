@@ -9,7 +9,7 @@ import metrics
 import recipes
 from evaluation import measure
 from harness import checkpoint, cli, distributed, report
-from harness.run import Run, refuse_taken
+from harness.run import Run, check_folder
 from losses import TERMS, ReconstructionLoss, ms_ssim_weights
 from modules import VectorQuantizedVAE
 from quantizers import QUANTIZERS, settings_of
@@ -28,7 +28,7 @@ def add_arguments(parser, output_folder):
     group = parser.add_argument_group("reconstruction loss: weight of each term")
     for name in TERMS:
         group.add_argument(f"--{name}-weight", type=cli.not_negative, default=float(name == "mse"), metavar="W",
-                           help=(TERMS[name].__doc__ or name).split(":")[0] + " (default %(default)g)")
+                           help=(TERMS[name].__doc__ or name).split(":")[0].replace("`", "") + " (default %(default)g)")
     group.add_argument("--balance", choices=("gradient",), help="rescale each term so that the norm of its gradient "
                        "at the reconstruction is its weight times that of MSE")
     group.add_argument("--sharpen", type=cli.not_negative, default=0., metavar="A", help="let the structural "
@@ -54,8 +54,8 @@ def add_arguments(parser, output_folder):
     group.add_argument("--average-weights", type=cli.share, default=0., metavar="DECAY", help="judge and keep a moving "
                        "average of the weights over the updates, say 0.999; 0 is none (default %(default)g)")
     cli.add_arguments(parser, output_folder=output_folder, lr=2e-4)
-    parser.add_argument("--monitor", choices=MONITORS, default="loss",
-                        help="validation value that decides which epoch best.pt keeps (default %(default)s)")
+    parser.add_argument("--monitor", choices=MONITORS, help="validation value that decides which epoch best.pt keeps "
+                        "(default loss; mse under --balance, where the loss changes its unit)")
 
 
 class Experiment:
@@ -68,10 +68,11 @@ class Experiment:
 
     def __init__(self, args):
         self.args, self.device = args, cli.pick_device(args.device)
+        args.monitor = args.monitor or ("mse" if args.balance else "loss")
         self.autocast = cli.autocast(self.device, args.precision)
         weights = {name: getattr(args, f"{name.replace('-', '_')}_weight") for name in TERMS}
         ReconstructionLoss(weights, args.balance, sharpen=args.sharpen)  # wrong weights fail before data is read,
-        refuse_taken(args)  # and so does a folder in use
+        check_folder(args, "vqvae", [args.frozen_codebook])  # and so does a folder in use
         with distributed.rank_0_first():
             self.data = datasets.load(args.dataset, datasets.source_of(args), args.batch_size, self.device, args.flip,
                                       args.seed, args.limit, args.num_workers)
@@ -110,10 +111,12 @@ class Experiment:
             scales = loss["ms_ssim_scales"] = list(ms_ssim_weights(*self.data.size))
             print(f"ms-ssim at {self.data.size[0]}x{self.data.size[1]}: {len(scales)} scales of weights "
                   + ", ".join(f"{weight:.3f}" for weight in scales))
-        self.run = Run("vqvae", self.args, self.device, {
-            "model": self.model, "optimizer": self.optimizer, **more, "model_args": self.model_args,
-            "data": self.data.facts(), "loss": loss} | ({"average": self.average} if self.average else {}),
-            renamed={"codebook": "quantizer"})
+        state = {"model": self.model, "optimizer": self.optimizer, **more, "model_args": self.model_args,
+                 "data": self.data.facts(), "loss": loss}
+        if self.average:
+            state["average"] = self.average
+        self.run = Run("vqvae", self.args, self.device, state, reads=[self.args.frozen_codebook],
+                       renamed={"codebook": "quantizer"})
         if self.args.compile:
             self.model.compile_networks()
         self.network = distributed.wrap(self.model, self.device)
@@ -126,8 +129,8 @@ class Experiment:
         improved = run.improved(values[self.args.monitor], MONITORS[self.args.monitor], model=self.judged)
         run.log({"loss/valid/reconstruction": values["loss"], "loss/valid/quantization": values["quantization"]})
         run.log({f"valid/{name}": value for name, value in values.items()})
-        run.writer.add_image("original", report.image_rows([metrics.as_8bit(shown)]), run.step)
-        run.writer.add_image("reconstruction", report.image_rows([self.reconstruct(shown)]), run.step)
+        run.log_picture("original", report.image_rows([metrics.as_8bit(shown)]))
+        run.log_picture("reconstruction", report.image_rows([self.reconstruct(shown)]))
         run.print_epoch({name: values[name] for name in ("loss", *TABLE)}, improved)
 
     def report(self):
@@ -138,7 +141,7 @@ class Experiment:
         run.log({"loss/test/reconstruction": values["loss"], "loss/test/quantization": values["quantization"]})
         x = self.data.test.examples(PICTURES)
         picture = report.save_picture(run.models / "reconstructions.png", [metrics.as_8bit(x), self.reconstruct(x)])
-        results = run.finish(vars(self.args), values)
+        results = run.finish(values, TABLE)
         print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in TABLE]))
         print(f"\n{results['ms_per_step']:.4g} ms a step, {run.seconds:.4g} s of training on {self.device}")
         print(f"picture (original above, reconstruction below): {picture}\ncurves: tensorboard --logdir {run.logs}")

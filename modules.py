@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.checkpoint import complete
 from quantizers import QUANTIZERS, VQEmbedding  # noqa: F401 (VQEmbedding is looked for here)
 
 
@@ -17,9 +18,18 @@ class Rebuilt:
 
     @classmethod
     def rebuild(cls, checkpoint):
-        """The network of a checkpoint's contents, on the CPU, in eval mode."""
-        model = cls(**checkpoint["model_args"])
-        model.load_state_dict(checkpoint["model"])
+        """The network of a checkpoint's contents, on the CPU, in eval mode.
+
+        Raises:
+            ValueError: the checkpoint lacks some of it, or holds weights that are not finite.
+        """
+        path = checkpoint.get("path", "the checkpoint")
+        with complete(path):
+            model = cls(**checkpoint["model_args"])
+            model.load_state_dict(checkpoint["model"])
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise ValueError(f"{path} holds weights that are not finite: its training diverged, train again with a "
+                             "lower --lr")
         return model.eval()
 
 

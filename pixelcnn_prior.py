@@ -1,5 +1,4 @@
 """Train a PixelCNN prior on the latents of a VQ-VAE, and sample images from it."""
-import argparse
 import math
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from datasets import SPLITS, Source
 from functions import cross_entropy
 from harness import checkpoint, cli, distributed, report
 from harness.batches import LatentBatches
-from harness.run import Run, refuse_taken, run_folder
+from harness.run import Run, check_folder, run_folder
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
 COLUMNS, MOST_ROWS = 10, 10  # of a picture of samples: a row is a class
@@ -20,12 +19,12 @@ MAY_CHANGE_ON_RESUME = {"model", "sample", "label", "temperature", "top_k", "sam
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     group = parser.add_argument_group("VQ-VAE: known from its checkpoint, an error where it says otherwise")
     group.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py, say models/vqvae/best.pt")
-    group.add_argument("--dataset", choices=datasets.DATASETS)
-    group.add_argument("--hidden-size-vae", type=cli.positive_int)
-    group.add_argument("--k", type=cli.positive_int)
+    group.add_argument("--dataset", choices=datasets.DATASETS, help="that it was trained on")
+    group.add_argument("--hidden-size-vae", type=cli.positive_int, help="width of its layers")
+    group.add_argument("--k", type=cli.positive_int, help="its number of codes")
     group = parser.add_argument_group("prior")
     group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
     group.add_argument("--num-layers", type=cli.positive_int, default=15, help="(default %(default)s)")
@@ -57,7 +56,7 @@ def main():
         return sample(args, vqvae, classes, shape, device)
 
     # Data fail here, before an old run is replaced.
-    refuse_taken(args)
+    check_folder(args, "prior", [args.model])
     autocast = cli.autocast(device, args.precision)
     with distributed.rank_0_first():
         latents = cached_latents(run_folder("models", args) / "latents.pt", args, ckpt, source, vqvae, device)
@@ -69,7 +68,7 @@ def main():
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != "mps")
     run = Run("prior", args, device, {
         "model": model, "optimizer": optimizer, "model_args": model_args, "data": ckpt["data"],
-        "vqvae": {"path": args.model, "digest": checkpoint.digest(args.model)}}, MAY_CHANGE_ON_RESUME)
+        "vqvae": {"path": args.model, "digest": checkpoint.digest(args.model)}}, MAY_CHANGE_ON_RESUME, [args.model])
     if run.resumed:
         checkpoint.check_vqvae(run.resumed, args.model)
     if args.compile:
@@ -99,7 +98,7 @@ def main():
         run.log({f"valid/{name}": value for name, value in values.items()})
         if (epoch + 1) % args.sample_every == 0:
             images = draw_images(model, vqvae, grid_labels(classes, device), shape, args)
-            run.writer.add_image("samples", report.image_rows(images.split(COLUMNS)), run.step)
+            run.log_picture("samples", report.image_rows(images.split(COLUMNS)))
         run.print_epoch(values, improved)
 
     # The best epoch, once, on the test split, and what it draws beside what uniform codes give.
@@ -108,12 +107,12 @@ def main():
     usage = metrics.codebook_usage(torch.bincount(test.images.flatten().long(), minlength=model_args["input_dim"]))
     labels = grid_labels(classes, device)
     images = draw_images(model, vqvae, labels, shape, args)
-    run.writer.add_image("samples", report.image_rows(images.split(COLUMNS)), run.step)
+    run.log_picture("samples", report.image_rows(images.split(COLUMNS)))
     picture = save_samples(run.models / "samples.png", images)
     uniform = torch.randint(model_args["input_dim"], (MOST_ROWS * COLUMNS, *shape), device=device)
     chance = save_samples(run.models / "samples_uniform.png", decode(vqvae, uniform))
-    results = run.finish(vars(args), values | usage)
     names = ("nats_per_latent", "bits_per_latent", "bits_per_dim", "perplexity")
+    results = run.finish(values | usage, names)
     print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in names]))
     print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
           f"samples{', a row a class' if classes else ''}: {picture}\nfrom uniform codes: {chance}\n"

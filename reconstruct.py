@@ -1,5 +1,4 @@
 """Reconstruct image files of any size with a trained VQ-VAE: originals beside their reconstructions."""
-import argparse
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ MARGIN = 64  # pixels around a tile that are computed and thrown away: more than
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py")
     parser.add_argument("images", nargs="+", metavar="PATH", help="image files, and folders of them")
     parser.add_argument("--output", default="reconstructions", metavar="FOLDER", help="(default %(default)s)")

@@ -1,5 +1,4 @@
 """Train the same VQ-VAE the VQGAN way (Esser et al. 2020, arXiv 2012.09841): a discriminator judges its images."""
-import argparse
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ EPS = 1e-4  # keeps the adaptive weight finite where the adversarial gradient va
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     experiment.add_arguments(parser, output_folder="vqgan")
     group = parser.add_argument_group("adversarial and perceptual loss")
     group.add_argument("--disc-weight", type=cli.not_negative, default=experiment.DISC_WEIGHT, metavar="W",

@@ -1,5 +1,4 @@
 """Train a VQ-VAE whose reconstruction loss is a weighted mix of image-quality terms."""
-import argparse
 
 import torch.nn.functional as F
 
@@ -9,7 +8,7 @@ from harness import cli
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     experiment.add_arguments(parser, output_folder="vqvae")
     args = recipes.parse_args(parser)
 

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +13,11 @@ import torch
 from harness import distributed
 
 FORMAT = 1
+saved = []  # paths of the checkpoints that this process took part in, for what is said when it fails
+
+
+_UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, zipfile.BadZipFile, ValueError,
+               AttributeError, TypeError, NotImplementedError)
 
 
 def write_atomic(path, data):
@@ -47,31 +54,80 @@ def save(path, kind, contents):
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, **contents}, buffer)
     write_atomic(path, buffer.getbuffer())
+    saved.append(Path(path))
+
+
+def resolve(path):
+    """The checkpoint that a path means: the file, or the best.pt of a run's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint at {file}: train one first, or give a run's folder or the path of its "
+                                "best.pt or last.pt")
+    return file
 
 
 def load(path, kind):
-    """Load a checkpoint of `kind` to the CPU, executing nothing that is in it.
+    """Load a checkpoint of `kind` to the CPU, executing nothing that is in it; `path` is as `resolve` takes it.
 
+    Returns:
+        what `save` was given, and its "path".
     Raises:
-        FileNotFoundError: there is none. ValueError: it is damaged, or not of this kind.
+        FileNotFoundError: there is none. ValueError: it is damaged, newer than this program, or not of this kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: train one first, or give the path of a best.pt or last.pt")
+    path = resolve(path)
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        contents = _read(path)
+    except _UNREADABLE as error:
         raise ValueError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): use another, such as the "
                          "best.pt or last.pt beside it") from error
     if not isinstance(contents, dict) or contents.get("kind") != kind:
-        found = contents.get("kind") if isinstance(contents, dict) else None
-        raise ValueError(f"{path} is a checkpoint of {f'a {found}' if found else 'something else'}, not of a {kind}")
-    return contents
+        held = contents.get("kind") if isinstance(contents, dict) else None
+        raise ValueError(f"{path} is a checkpoint of {f'a {held}' if held else 'something else'}, not of a {kind}")
+    if not isinstance(contents.get("format"), int) or contents["format"] > FORMAT:
+        raise ValueError(f"{path} has format {contents.get('format')}, this program reads up to {FORMAT}: use the "
+                         "version that wrote it, or a newer one")
+    return contents | {"path": str(path)}
+
+
+def _read(path):
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():  # its checksums, which torch.load leaves alone
+            raise zipfile.BadZipFile
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def complete(path):
+    """Within it, what a checkpoint lacks is a ValueError that names the file."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold all that it should ({' '.join(str(error).split())[:200]}): it is "
+                         "damaged or was made by another program, use another") from error
+
+
+def kind_of(path):
+    """Kind of the checkpoint at a path; None where there is none that can be read."""
+    try:
+        contents = _read(path)
+    except (OSError, *_UNREADABLE):
+        return None
+    return contents.get("kind") if isinstance(contents, dict) else None
+
+
+def remove_temporary(folder):
+    """Remove what writes that were killed left in a folder."""
+    for file in Path(folder).glob(".*.tmp"):
+        file.unlink(missing_ok=True)
 
 
 def digest(path):
-    """SHA-256 of a file, which names the exact model another run was built on."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """SHA-256 of a checkpoint, which names the exact model another run was built on."""
+    return hashlib.sha256(resolve(path).read_bytes()).hexdigest()
 
 
 def check_vqvae(prior, path):

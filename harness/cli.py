@@ -11,9 +11,35 @@ from pathlib import Path
 
 import torch
 
-from harness import distributed
+from harness import checkpoint, distributed
 
 # --- flags
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and shows the default of every flag that has one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=_Defaults, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help shows all flags)\n")
+
+
+class _Defaults(argparse.HelpFormatter):
+    def _get_help_string(self, action):
+        shown = action.option_strings and action.default not in (None, False, argparse.SUPPRESS)
+        return action.help + " (default %(default)s)" if shown and "(default" not in action.help else action.help
+
+
+def run_name(text):
+    """Name of a run under models/ and logs/; "models/x" is the run x."""
+    path = Path(text)
+    parts = path.parts[1:] if path.parts[:1] == ("models",) else path.parts
+    if path.is_absolute() or not parts or ".." in parts:
+        raise argparse.ArgumentTypeError(f"must be the name of a folder under models/, got {text}: train in another "
+                                         "working directory to keep runs elsewhere")
+    return str(Path(*parts))
+
 
 def whole(text, low=0):
     if not text.isdecimal() or int(text) < low:
@@ -22,6 +48,13 @@ def whole(text, low=0):
 
 
 positive_int = partial(whole, low=1)
+
+
+def seed(text):
+    value = whole(text)
+    if value >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"must be below 2^63, got {text}")
+    return value
 
 
 def not_negative(text, low=0., strict=False):
@@ -72,10 +105,10 @@ def add_arguments(parser, output_folder, lr):
     group.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
     group.add_argument("--warmup-steps", type=steps_or_share, default=0, metavar="N", help="of linear rise of the "
                        "learning rate; below 1, a share of the training (default %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="of initial weights, order and flips (default %(default)s)")
+    group.add_argument("--seed", type=seed, default=0, help="of initial weights, order and flips (default %(default)s)")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--output-folder", default=output_folder,
+    group.add_argument("--output-folder", type=run_name, default=output_folder,
                        help="name of the run under models/ and logs/ (default %(default)s)")
     group.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     group.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
@@ -95,15 +128,13 @@ def run(main):
         distributed.start()
         main()
     except (ValueError, OSError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        text = " ".join(str(error).split()) or type(error).__name__
         if distributed.is_failure(error):
-            message = (f"process {distributed.rank()} lost the others ({lines[0]}): the run's last.pt is good, go on "
-                       "with --resume")
+            last = f"{checkpoint.saved[-1]} is good, go on with --resume" if checkpoint.saved else "start again"
+            text = f"process {distributed.rank()} lost the others ({str(error).strip().splitlines()[0]}): {last}"
         elif isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             raise
-        else:
-            message = lines[-1]
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -121,6 +152,8 @@ def pick_device(name):
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} is not available here ({str(error).splitlines()[0]}): "

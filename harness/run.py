@@ -1,4 +1,5 @@
 """One training run: its folders, counters, schedule, curves, checkpoints and signals."""
+import fcntl
 import math
 import os
 import resource
@@ -8,10 +9,9 @@ import time
 from pathlib import Path
 
 import torch
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from harness import checkpoint, distributed
+from harness import checkpoint, curves, distributed
 
 # All other flags define a run, but for those a script names.
 MAY_CHANGE_ON_RESUME = {"num_epochs", "minutes", "num_workers", "device", "resume", "overwrite", "log_every", "compile",
@@ -32,12 +32,22 @@ def run_folder(parent, args):
     return Path(parent) / (args.output_folder + (f"-{job}" if job else ""))
 
 
-def refuse_taken(args):
-    """ValueError where the output folder holds a run and neither --resume nor --overwrite is given."""
+def check_folder(args, kind, reads=()):
+    """ValueError where a run of `kind` cannot go to the output folder: it is taken, or holds what the run `reads`.
+
+    Args:
+        reads: paths of checkpoints, None among them for none.
+    """
     folder = run_folder("models", args)
+    for path in filter(None, reads):
+        if checkpoint.resolve(path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder} holds {path}, which this run reads: give another --output-folder")
     if (folder / "args.json").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
                          "another --output-folder")
+    held = checkpoint.kind_of(folder / "last.pt")
+    if held not in (None, kind):
+        raise ValueError(f"{folder} holds the run of a {held}, not of a {kind}: give another --output-folder")
 
 
 class Run:
@@ -50,33 +60,38 @@ class Run:
         state: what a checkpoint holds, a dict by name of anything with a state_dict (saved, and restored here where the
             run goes on) and of plain values (saved), dicts of them included.
         may_change: flags of the script's own that may change on --resume, beside `MAY_CHANGE_ON_RESUME`.
+        reads: paths of checkpoints that the run reads, which its folder must not hold.
         renamed: {old: new} names of flags that older runs knew by another.
     Raises:
-        ValueError: the output folder holds a run and neither --resume nor --overwrite is given, or a flag that
-            defines the run differs from the run's.
+        ValueError: as `check_folder`, another process is at work in the folder, or a flag that defines the run differs
+            from the run's.
     """
 
-    def __init__(self, kind, args, device, state, may_change=(), renamed=None):
+    def __init__(self, kind, args, device, state, may_change=(), reads=(), renamed=None):
         self.kind, self.args, self.device, self.state = kind, args, device, state
         self.models, self.logs = run_folder("models", args), run_folder("logs", args)
         self.epoch = self.batch = self.step = 0
         self.seconds, self.best = 0., None  # seconds of training, validation left aside
-        self.resumed = self._open(MAY_CHANGE_ON_RESUME | set(may_change), renamed or {})
-        if self.resumed:
-            _restore(state, self.resumed)
-            checkpoint.set_random_state(self.resumed["random"])
+        check_folder(args, kind, reads)
+        distributed.barrier()  # all have looked before one writes
+        if not distributed.rank():
+            self.models.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.models)
+            checkpoint.remove_temporary(self.models)
+        with checkpoint.complete(self.models / "last.pt"):
+            self.resumed = self._open(MAY_CHANGE_ON_RESUME | set(may_change), renamed or {})
+            if self.resumed:
+                _restore(state, self.resumed)
+                checkpoint.set_random_state(self.resumed["random"])
         self.signal, self._started, self._bar = None, None, None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._catch)
-        self.writer = SummaryWriter(str(self.logs), purge_step=self.step if self.resumed else None,
-                                    write_to_disk=not distributed.rank())
+        self._logged = max(0, self.step - 1)  # step that curves are at: of the batch at hand, or of the last one
+        self.curves = None if distributed.rank() else curves.Curves(self.logs, self.step if self.resumed else None)
 
     def _open(self, may_change, renamed):
         """The checkpoint to go on from, or None."""
         last, args = self.models / "last.pt", vars(self.args)
-        refuse_taken(self.args)
-        distributed.barrier()  # all have looked before one writes
-        self.models.mkdir(parents=True, exist_ok=True)
         if self.args.resume and last.exists():
             resumed = checkpoint.load(last, self.kind)
             counters, world = resumed["counters"], resumed["counters"].get("world", 1)
@@ -98,7 +113,7 @@ class Run:
             print(f"nothing to resume in {self.models}: starting anew")
         if not distributed.rank():
             for file in [self.models / name for name in ("last.pt", "best.pt", "results.json")] + list(
-                    self.logs.glob("events.out.tfevents.*")):
+                    self.logs.rglob(curves.PATTERN)):
                 file.unlink(missing_ok=True)
         checkpoint.save_json(self.models / "args.json", args)
         return None
@@ -128,6 +143,7 @@ class Run:
                 window = sizes[window:window + self.args.accumulate]
                 self._share = len(x) * distributed.world_size() / sum(window)
                 self._due = (self.batch + 1) % self.args.accumulate == 0 or self.batch + 1 == len(sizes)
+                self._logged = self.step
                 yield x, label
                 self.batch, self.step = self.batch + 1, self.step + 1
                 self._bar.update(sizes[self.batch - 1])
@@ -189,7 +205,6 @@ class Run:
             number = self.signal or signal.SIGTERM
             self._clock()
             self.save("last.pt")
-            self.writer.close()
             if not distributed.rank():
                 print(f"stopped by {signal.Signals(number).name} and saved {self.models / 'last.pt'}: "
                       "go on with --resume", file=sys.stderr)
@@ -199,18 +214,27 @@ class Run:
         """Raise ValueError, naming the terms, where the loss of this step is not finite."""
         if not torch.isfinite(loss):
             bad = [name for name, value in parts.items() if not torch.isfinite(value)]
-            raise ValueError(f"the loss is not finite at step {self.step} (epoch {self.epoch + 1}): "
-                             f"{', '.join(bad) or 'the sum'}; {self.models / 'last.pt'} keeps the last good state, "
-                             "try a lower --lr or --precision fp32")
+            raise ValueError(self._not_finite("the loss", f": {', '.join(bad) or 'the sum'}"))
+
+    def _not_finite(self, what, terms=""):
+        return (f"{what} is not finite at step {self.step} (epoch {self.epoch + 1}){terms}; "
+                f"{self.models / 'last.pt'} keeps the last good state, go on from it with --resume and a lower --lr or "
+                "--precision fp32")
 
     def log_now(self):
         return self.step % self.args.log_every == 0
 
     def log(self, values):
-        """Add scalars {tag: value}, means over all processes, to the curves at the current step."""
-        for tag, value in values.items():
-            value = distributed.mean(value.item() if torch.is_tensor(value) else value)
-            self.writer.add_scalar(tag, value, self.step)
+        """Add scalars {tag: value}, means over all processes, to the curves at the step of the last batch."""
+        values = {tag: distributed.mean(value.item() if torch.is_tensor(value) else value)
+                  for tag, value in values.items()}
+        if self.curves:
+            self.curves.scalars(values, self._logged)
+
+    def log_picture(self, tag, picture):
+        """Add a picture (C, H, W) in [0, 1] to the curves."""
+        if self.curves:
+            self.curves.image(tag, picture, self._logged)
 
     def show(self, **values):
         """Values beside the progress bar."""
@@ -232,23 +256,45 @@ class Run:
 
     def improved(self, value, larger_is_better, **instead):
         """Keep a validation value if it is the best so far, and the state with it, as in `save`, in best.pt."""
+        if not math.isfinite(value):
+            raise ValueError(self._not_finite("the validation value"))
         better = self.best is None or (value > self.best if larger_is_better else value < self.best)
         if better:
             self.best = value
             self.save("best.pt", **instead)
         return better
 
-    def finish(self, hparams, results):
-        """Write results.json and the hyper-parameters; returns the results with the run's cost."""
+    def finish(self, results, shown):
+        """Write results.json, and the figures named `shown` as test/... beside the flags; returns results and cost."""
         results = results | {"epochs": self.epoch, "steps": self.step, "train_seconds": round(self.seconds, 2),
                              "ms_per_step": round(1000 * self.seconds / max(1, self.step), 3),
                              "peak_memory_mb": round(peak_memory_mb(self.device), 1), "device": str(self.device)}
         checkpoint.save_json(self.models / "results.json", results)
-        numbers = {f"final/{name}": value for name, value in results.items() if isinstance(value, (int, float))}
-        self.writer.add_hparams({name: value if isinstance(value, (int, float, str, bool)) else str(value)
-                                 for name, value in hparams.items()}, numbers, name="hparams", global_step=self.step)
-        self.writer.close()
+        if self.curves:
+            self.curves.hparams(vars(self.args), {f"test/{name}": results[name] for name in shown}, self._logged)
+            self.curves.close()
         return results
+
+
+def lock(folder):
+    """An open file that keeps other processes out of a run's folder until this one ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 (for as long as the process lives)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"{folder} is in use by process {file.read().strip() or 'of another machine'}: wait for it, "
+                         "stop it, or give another --output-folder") from None
+    except OSError:
+        return file  # a file system without locks
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def _plain(value):
