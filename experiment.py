@@ -80,8 +80,7 @@ class Experiment:
         VectorQuantizedVAE.check_size(self.data.size, args.downsample)
         if min(self.data.train.sizes()) == 1 and max(self.data.size) == args.downsample:
             raise ValueError(f"an image of {self.data.size[0]}x{self.data.size[1]} is one latent, and one alone is too "
-                             "little for batch norm: pass a --batch-size of 2 or more that does not leave one of the "
-                             f"{len(self.data.train.labels)} training images over, or a larger --image-size")
+                             "little for batch norm: pass a --batch-size of 2 or more, or a larger --image-size")
         shape = (self.data.channels, *self.data.size)
         self.criterion = ReconstructionLoss(weights, args.balance, shape, args.sharpen).to(self.device)
 

@@ -134,22 +134,23 @@ class Run:
 
     def batches(self, loader):
         """Batches of the current epoch still to do, with a progress bar on a terminal; stops on SIGINT and SIGTERM."""
-        self._started, sizes = time.perf_counter(), loader.sizes()
+        accumulate, last = self.args.accumulate, len(loader)
+        self._started = time.perf_counter()
         with tqdm(total=len(loader.labels), initial=self.batch * loader.batch_size, unit="img", leave=False,
                   disable=True if distributed.rank() else None, desc=self._epoch_name()) as self._bar:
             for x, label in loader.epoch(self.epoch, self.batch):
-                # The share of this process in the mean over an update's images, times the number of processes.
-                window = self.batch // self.args.accumulate * self.args.accumulate
-                window = sizes[window:window + self.args.accumulate]
-                self._share = len(x) * distributed.world_size() / sum(window)
-                self._due = (self.batch + 1) % self.args.accumulate == 0 or self.batch + 1 == len(sizes)
+                # An update takes the mean over `accumulate` batches of one size, over fewer at the end of an epoch; the
+                # processes' shares of a batch, whose gradients are averaged, may differ in size.
+                first = self.batch - self.batch % accumulate
+                self._share = len(x) * distributed.world_size() / loader.sizes()[0] / min(accumulate, last - first)
+                self._due = self.batch + 1 in (first + accumulate, last)
                 self._logged = self.step
                 yield x, label
                 self.batch, self.step = self.batch + 1, self.step + 1
-                self._bar.update(sizes[self.batch - 1])
+                self._bar.update(loader.batch_size)
                 if self._out_of_time():
                     break
-                if self._due and self.batch < len(sizes):
+                if self._due and self.batch < last:
                     self._stop_if_asked()
         self._clock()
 
