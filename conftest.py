@@ -16,13 +16,13 @@ from harness import cli
 HERE = Path(__file__).parent
 
 
-def write_images(folder, count):
-    """Write `count` images of 16x16 pixels, two colours each, to <folder>/images."""
+def write_images(folder, count, side=16):
+    """Write `count` images of side x side pixels, two colours each, to <folder>/images."""
     (folder / "images").mkdir()
     random = np.random.default_rng(0)
     for i in range(count):
         halves = Image.fromarray(random.choice([20, 120, 220], (1, 2, 3)).astype(np.uint8))
-        halves.resize((16, 16), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.png")
+        halves.resize((side, side), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.png")
 
 
 def call(folder, script, *flags, **environment):

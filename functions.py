@@ -1,14 +1,21 @@
 """Custom autograd functions: the nearest-code search, the straight-through gradient, SSIM's maps, cross-entropy."""
+from contextlib import contextmanager
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-CPU_BLOCK, BLOCK = 2 ** 20, 2 ** 26  # distances held at any one time: 4 MB of float32 stay in a CPU's cache
+BLOCK = 2 ** 20  # distances held at any one time: 4 MB of float32 stay in a CPU's cache
+LARGEST_BLOCK, SHARE_OF_MEMORY = 2 ** 26, 1 / 64  # of a GPU's free memory, when it is first asked for
 CODES = 2048  # codes that a block spans at most: more make it too thin for a fast matrix product
 GROUP = 64  # codes whose least distance is found at once, far cheaper than its index; `CODES` is a multiple of it
 ROTATION_EPS = 1e-6  # lengths below are no direction
 _CENTER_STEPS = 2 ** 12  # the center of the codebook is rounded to this fraction of the scale: see _nearest
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a floating point number
+_MIXER = 0x1E3779B97F4A7C15  # odd, with bits well spread
 C1, C2 = 0.01 ** 2, 0.03 ** 2  # of SSIM
 TILE = 64  # pixels of a filter's output that come out of one matrix product
 CROSS_ENTROPY_ROWS = 512  # logits of so many latents at a time stay in a CPU's cache
@@ -142,15 +149,15 @@ def _nearest(inputs, codebook):
     padded = torch.arange(-(-len(codebook) // group) * group, device=x.device) % len(codebook)
     codes = codebook[padded].to(dtype)  # whole groups: the first codes once more at the end
 
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), _exact_products():
         largest = torch.stack([bound.to(dtype) for bound in (*x.aminmax(), *codes.aminmax())]).abs().max()
         scale = torch.exp2(torch.floor(torch.log2(largest.clamp(min=torch.finfo(dtype).tiny))))
         codes = codes / scale
         center = torch.round(codes.mean(0) * _CENTER_STEPS) / _CENTER_STEPS  # (D,)
         codes = codes - center
         norms = codes.square().sum(1)
-        width, block = min(CODES, len(codes)), CPU_BLOCK if x.device.type == "cpu" else BLOCK
-        rows = min(max(1, block // width), len(x))
+        width = min(CODES, len(codes))
+        rows = min(max(1, _block(x.device) // width), len(x))
         parts = list(zip(codes.split(width), norms.split(width)))
         buffer = codes.new_empty(rows * width)
         for vectors, result in zip(x.split(rows), nearest.split(rows)):
@@ -158,7 +165,27 @@ def _nearest(inputs, codebook):
             least, index = zip(*(_least(vectors, *part, group, buffer) for part in parts))
             part = torch.stack(least).argmin(0, keepdim=True)  # (1, rows)
             result.copy_((torch.stack(index).gather(0, part) + part * width)[0])
-    return _lowest_equal_code(codebook)[padded][nearest].view(inputs.shape[:-1])
+    return _lowest_equal_code(codebook.to(dtype))[padded][nearest].view(inputs.shape[:-1])
+
+
+@contextmanager
+def _exact_products():
+    """Matrix products in float32, where the program may have allowed TF32 or bfloat16 for them."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+@cache
+def _block(device):
+    """Distances that a block may hold."""
+    if device.type != "cuda":
+        return BLOCK
+    free = torch.cuda.mem_get_info(device)[0] // 4  # float32 numbers
+    return max(BLOCK, min(LARGEST_BLOCK, int(free * SHARE_OF_MEMORY)))
 
 
 def _least(vectors, codes, norms, group, buffer):
@@ -171,10 +198,19 @@ def _least(vectors, codes, norms, group, buffer):
 
 
 def _lowest_equal_code(codebook):
-    """(K,) lowest index that holds the same code: a matrix product may round equal columns differently."""
-    unique, group = torch.unique(codebook, dim=0, return_inverse=True)
-    indices = torch.arange(len(codebook), device=codebook.device)
-    return torch.full_like(indices[:len(unique)], len(codebook)).scatter_reduce(0, group, indices, "amin")[group]
+    """(K,) lowest index that holds the same code: a matrix product may round equal columns differently.
+
+    Equal codes have equal hashes and so meet when these are sorted; codes that merely share a hash are told apart.
+    No shape depends on the values, so that nobody has to wait for them.
+    """
+    count, width = codebook.shape
+    bits = (codebook + 0.).view(_BITS[codebook.element_size()]).long() * _MIXER  # + 0: the two zeros are equal
+    position = torch.arange(width, device=codebook.device)
+    hashes, order = torch.sort(((bits ^ (bits >> 32)) * ((2 * position + 1) * _MIXER)).sum(1), stable=True)
+    new = torch.cat([hashes.new_ones(1, dtype=torch.bool), hashes[1:] != hashes[:-1]])
+    first = torch.where(new, torch.arange(count, device=codebook.device), 0).cummax(0).values
+    lowest = torch.empty_like(order).scatter_(0, order, order[first])
+    return torch.where((codebook[lowest] == codebook).all(1), lowest, torch.arange(count, device=codebook.device))
 
 
 # --- the two maps that SSIM (Wang et al. 2004) is the mean product of, and their gradient in closed form
@@ -259,6 +295,8 @@ def _tiles(band, window, padding, side):
 def cross_entropy(logits, latents):
     """Mean nats a latent of logits (B, K, h, w) for latents (B, h, w) int64, in float32 whatever the logits are."""
     rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (N, K), in memory as it is where logits are channels_last
+    if rows.device.type != "cpu":
+        return F.cross_entropy(rows.float(), latents.flatten())
     return _CrossEntropy.apply(rows, latents.flatten())
 
 

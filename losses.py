@@ -268,8 +268,8 @@ def sharpened(x, amount):
 class ReconstructionLoss(nn.Module):
     """Weighted sum of terms, sum_i w_i s_i term_i(x_tilde, x), with s_i = 1 or as `balance` says.
 
-    Each term is differentiated at the reconstruction by itself, which costs no more than differentiating their sum,
-    and leaves its norm in `gradient_norms`. The total carries a first-order gradient only.
+    Where it is asked to, each term is differentiated at the reconstruction by itself, which leaves its norm in
+    `gradient_norms`; the total then carries a first-order gradient only.
 
     Args:
         weights: term name -> weight; terms of weight 0 are left out.
@@ -301,6 +301,8 @@ class ReconstructionLoss(nn.Module):
         if sharpen and not set(self.weights) & set(STRUCTURAL_TERMS):
             raise ValueError("--sharpen is for structural terms: give one a weight, say --root-ssim-weight 0.4")
         self.balance, self.sharpen, self.gradient_norms = balance, sharpen, {}
+        self.register_buffer("_weights", torch.tensor(list(self.weights.values())), persistent=False)
+        self._range_checked = False
         # Running norms of the terms' gradients, then of MSE's; 0 is none yet.
         self.register_buffer("average_norms", torch.zeros(len(self.weights) + 1))
         if shape:
@@ -316,30 +318,36 @@ class ReconstructionLoss(nn.Module):
     def scales(self):
         """(number of terms,) what each term is multiplied by, its weight left aside."""
         norms, mse_norm = self.average_norms[:-1], self.average_norms[-1]
-        if self.balance is None or not mse_norm > 0:
+        if self.balance is None:
             return torch.ones_like(norms)
-        return mse_norm / norms.clamp(min=EPS * mse_norm)
+        return torch.where(mse_norm > 0, mse_norm / norms.clamp(min=EPS * mse_norm), 1.)
 
-    def forward(self, x_tilde, x):
+    def forward(self, x_tilde, x, apart=False):
         """Compare reconstructions x_tilde with originals x, both (B, C, H, W) in [-1, 1].
 
+        Args:
+            apart: differentiate each term by itself, for its `gradient_norms`; balancing always does.
         Returns:
             total: scalar to minimise. parts: detached, raw, unweighted values by term name.
         Raises:
-            ValueError: shapes differ, or the originals leave [-1, 1].
+            ValueError: shapes differ, or the first originals leave [-1, 1].
         """
         if x_tilde.shape != x.shape:
             raise ValueError(f"reconstruction {tuple(x_tilde.shape)} and original {tuple(x.shape)} differ in shape")
-        if x.abs().amax() > 1 + 1e-4:
-            raise ValueError(f"images must lie in [-1, 1], got {x.min():.3g} to {x.max():.3g}")
-        differentiate = torch.is_grad_enabled() and x_tilde.requires_grad
-        image = x_tilde.detach().float().requires_grad_(differentiate)
+        if not self._range_checked:  # once: it waits for the device, and images of one kind have one range
+            if x.abs().amax() > 1 + 1e-4:
+                raise ValueError(f"images must lie in [-1, 1], got {x.min():.3g} to {x.max():.3g}")
+            self._range_checked = True
+        weights = self._weights
+        if not ((apart or self.balance) and torch.is_grad_enabled() and x_tilde.requires_grad):
+            terms = self.value(x_tilde, x)
+            values = torch.stack(list(terms.values()))
+            return (weights * self.scales() * values).sum(), dict(zip(terms, values.detach()))
+
+        image = x_tilde.detach().float().requires_grad_()
         terms = self.value(image, x)
         values = torch.stack([term.detach() for term in terms.values()])
         parts = dict(zip(terms, values))
-        weights = values.new_tensor(list(self.weights.values()))
-        if not differentiate:
-            return (weights * self.scales() * values).sum(), parts
 
         gradients = [torch.autograd.grad(term, image)[0] for term in terms.values()]
         norms = torch.stack([gradient.norm() for gradient in gradients])

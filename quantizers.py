@@ -93,6 +93,8 @@ class VQEmbedding(nn.Module):
     def _learn(self):
         """Move the codes to their averages: here their optimizer moves them."""
 
+    # What is drawn here is drawn on the CPU, from the generator whose state all processes share.
+
     @torch.no_grad()
     def _fill(self, vectors):
         filled = int(self.initialised)
@@ -101,7 +103,7 @@ class VQEmbedding(nn.Module):
             return
         vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
         count, offset = distributed.count_of(vectors)
-        index = torch.randperm(count, device=vectors.device)[:self.K - filled]
+        index = torch.randperm(count)[:self.K - filled].to(vectors.device, non_blocking=True)
         drawn, replaced = distributed.take(vectors, index, offset), slice(filled, filled + len(index))
         self.embedding.weight.data[replaced] = drawn
         self.average_sum[replaced] = drawn * self.trial
@@ -123,7 +125,7 @@ class VQEmbedding(nn.Module):
         self._learn()
         if self.restart_below:
             dead = (self.average_count < self.restart_below).unsqueeze(1)  # (K, 1)
-            index = torch.randint(rows, (len(weight),), device=vectors.device)
+            index = torch.randint(rows, (len(weight),)).to(vectors.device, non_blocking=True)
             drawn = distributed.take(vectors, index, offset)
             weight.copy_(torch.where(dead, drawn, weight))
             self.average_sum.copy_(torch.where(dead, drawn * self.trial, self.average_sum))

@@ -53,7 +53,7 @@ def test_vq_search_is_float32_under_autocast():
 
 
 def test_vq_never_holds_all_distances(monkeypatch):
-    monkeypatch.setattr(functions, "CPU_BLOCK", 500)
+    monkeypatch.setattr(functions, "BLOCK", 500)
     monkeypatch.setattr(functions, "CODES", 12)
     monkeypatch.setattr(functions, "GROUP", 3)
     largest, addmm = [], torch.addmm

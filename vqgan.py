@@ -53,7 +53,7 @@ def main():
                 x_tilde, z_e, z_q = model(x)
 
             # Reconstruction, codes towards the encoder's outputs, and those towards their codes.
-            loss_reconstruction, parts = criterion(x_tilde, x)
+            loss_reconstruction, parts = criterion(x_tilde, x, apart=run.log_now())
             if perceptual:
                 with setup.autocast():
                     parts["perceptual"] = perceptual(x_tilde, x)

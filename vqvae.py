@@ -22,7 +22,7 @@ def main():
                 x_tilde, z_e, z_q = model(x)
 
             # Reconstruction, codes towards the encoder's outputs, and those towards their codes.
-            loss_reconstruction, parts = criterion(x_tilde, x)
+            loss_reconstruction, parts = criterion(x_tilde, x, apart=run.log_now())
             loss_quantization = F.mse_loss(z_q, z_e.detach().float())
             loss_commitment = F.mse_loss(z_e.float(), z_q.detach())
             loss = loss_reconstruction + loss_quantization + args.beta * loss_commitment

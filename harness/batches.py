@@ -68,6 +68,8 @@ class Batches:
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         flips = torch.rand(count, generator=generator) < 0.5 if self.flip else None
         sizes = self.sizes()
+        if not self.streams:  # as a whole, so that no batch waits for its indices
+            order, flips = order.to(self.device), None if flips is None else flips.to(self.device)
         batches, flips = ([part.tensor_split(self.world)[self.rank] for part in column[:sum(sizes)].split(sizes)]
                           if column is not None else None for column in (order, flips))
         return list(zip(batches, flips or [None] * len(batches)))
@@ -77,7 +79,6 @@ class Batches:
 
     def _pick(self, plan, epoch, start):
         for batch, _ in plan:
-            batch = batch.to(self.device)
             yield self.images[batch], self.labels[batch]
 
     def _stream(self, plan, epoch, start):

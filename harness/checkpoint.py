@@ -150,11 +150,9 @@ def load_json(path):
 
 
 def random_state():
-    """State of every generator that training draws from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    """State of the generator that training draws from: the CPU's, the same on every process, whatever the device."""
+    return {"cpu": torch.get_rng_state()}
 
 
 def set_random_state(state):
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])

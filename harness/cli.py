@@ -158,6 +158,10 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} is not available here ({str(error).splitlines()[0]}): "
                          "use --device auto or cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # training has images of one size
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have; the search for codes stays exact
     return device
 
 

@@ -96,7 +96,7 @@ def count_of(rows):
     """Number of rows on all processes together, and of those before this process's."""
     if not dist.is_initialized():
         return len(rows), 0
-    counts = concatenate(torch.tensor([len(rows)], device=rows.device)).tolist()
+    counts = concatenate(torch.tensor([len(rows)])).tolist()  # on the CPU, so that nobody waits for a GPU
     return sum(counts), sum(counts[:rank()])
 
 
@@ -124,7 +124,7 @@ class _Total(Function):
 
 
 class _SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the images of all processes; PyTorch's own needs a GPU."""
+    """Batch norm over the images of all processes, on any device; PyTorch's own needs a GPU."""
 
     def forward(self, x):
         if not self.training:
@@ -150,10 +150,7 @@ def wrap(model, device):
     """
     if not dist.is_initialized():
         return model
-    if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:
-        for module in model.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = _SyncBatchNorm2d
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = _SyncBatchNorm2d
     return DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)

@@ -84,6 +84,7 @@ class Run:
                 _restore(state, self.resumed)
                 checkpoint.set_random_state(self.resumed["random"])
         self.signal, self._started, self._bar = None, None, None
+        self._first_bad = {}  # names of losses -> step at which each was first not finite, -1 for never, on the device
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._catch)
         self._logged = max(0, self.step - 1)  # step that curves are at: of the batch at hand, or of the last one
@@ -153,6 +154,7 @@ class Run:
                 if self._due and self.batch < last:
                     self._stop_if_asked()
         self._clock()
+        self._raise_if_not_finite()
 
     def backward(self, loss):
         """Add the gradient of a batch's mean loss to that of the update it belongs to."""
@@ -212,13 +214,27 @@ class Run:
             sys.exit(128 + number)
 
     def check_finite(self, loss, parts):
-        """Raise ValueError, naming the terms, where the loss of this step is not finite."""
-        if not torch.isfinite(loss):
-            bad = [name for name, value in parts.items() if not torch.isfinite(value)]
-            raise ValueError(self._not_finite("the loss", f": {', '.join(bad) or 'the sum'}"))
+        """Note where the loss of this step or a part of it, scalars by name, is not finite.
 
-    def _not_finite(self, what, terms=""):
-        return (f"{what} is not finite at step {self.step} (epoch {self.epoch + 1}){terms}; "
+        The note stays on the device, so that no step waits; it is read, and a ValueError raised that names the step and
+        the parts, before anything is logged or saved.
+        """
+        names, values = tuple(parts), torch.stack([loss.detach(), *(part.detach() for part in parts.values())])
+        seen = self._first_bad.get(names)
+        if seen is None:
+            seen = torch.full_like(values, -1)
+        self._first_bad[names] = torch.where((seen < 0) & ~values.isfinite(), self.step, seen)
+
+    def _raise_if_not_finite(self):
+        for names, steps in self._first_bad.items():
+            loss, *parts = steps.tolist()
+            if max(loss, *parts) >= 0:
+                first = min(step for step in (loss, *parts) if step >= 0)
+                bad = [name for name, step in zip(names, parts) if step == first]
+                raise ValueError(self._not_finite("the loss", int(first), f": {', '.join(bad) or 'the sum'}"))
+
+    def _not_finite(self, what, step, terms=""):
+        return (f"{what} is not finite at step {step} (epoch {self.epoch + 1}){terms}; "
                 f"{self.models / 'last.pt'} keeps the last good state, go on from it with --resume and a lower --lr or "
                 "--precision fp32")
 
@@ -227,6 +243,7 @@ class Run:
 
     def log(self, values):
         """Add scalars {tag: value}, means over all processes, to the curves at the step of the last batch."""
+        self._raise_if_not_finite()
         values = {tag: distributed.mean(value.item() if torch.is_tensor(value) else value)
                   for tag, value in values.items()}
         if self.curves:
@@ -248,6 +265,7 @@ class Run:
 
     def save(self, name, **instead):
         """Save the state as models/<output folder>/<name>; `instead` replaces entries of it."""
+        self._raise_if_not_finite()
         counters = {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds,
                     "world": distributed.world_size()}
         checkpoint.save(self.models / name, self.kind, {
@@ -258,7 +276,7 @@ class Run:
     def improved(self, value, larger_is_better, **instead):
         """Keep a validation value if it is the best so far, and the state with it, as in `save`, in best.pt."""
         if not math.isfinite(value):
-            raise ValueError(self._not_finite("the validation value"))
+            raise ValueError(self._not_finite("the validation value", self.step))
         better = self.best is None or (value > self.best if larger_is_better else value < self.best)
         if better:
             self.best = value

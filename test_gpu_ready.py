@@ -1,0 +1,209 @@
+"""What a GPU needs, shown without one: no step waits for the device, no tensor is left behind, few operators a step."""
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import functions
+from conftest import call, write_images
+from functions import cross_entropy, vq
+from harness import checkpoint
+from harness.run import Run
+from losses import TERMS, ReconstructionLoss
+from metrics import IMAGE_METRICS, as_8bit
+from modules import GatedPixelCNN, VectorQuantizedVAE
+from quantizers import QUANTIZERS
+from vqgan import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+
+WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "unique_dim",
+         "_unique2", "unique_consecutive", "repeat_interleave"}
+SMALL = ["--hidden-size", "8", "--batch-size", "8", "--num-epochs", "2", "--device", "cpu", "--log-every", "4"]
+MOST_OPERATORS = {"vqvae.py": 700, "vqgan.py": 650, "pixelcnn_prior.py": 160}  # with the flags below
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name while `on`, those that index by a mask as "mask"."""
+
+    on, steps = False, 0
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.on:
+            name = function.overloadpacket.__name__
+            indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+            masked = any(torch.is_tensor(index) and index.dtype == torch.bool for index in indices)
+            self.counts["mask" if masked else name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """Counts what happens in the training steps that log nothing, the first few left aside."""
+    counter, batches = Operators(), Run.batches
+
+    def counted(self, loader):
+        for batch in batches(self, loader):
+            counter.on = self.step > 4 and not self.log_now()
+            counter.steps += counter.on
+            yield batch
+        counter.on = False
+    monkeypatch.setattr(Run, "batches", counted)
+    return counter
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path, 80, side=32)
+    return tmp_path
+
+
+def test_the_counter_sees_waits():
+    counter = Operators()
+    with counter:
+        counter.on = True
+        x = torch.rand(4)
+        x[x > 0.5].sum().item()
+        torch.unique(x, dim=0)
+        torch.bincount(torch.ones(3, dtype=torch.int64))
+    assert {"mask", "_local_scalar_dense", "unique_dim", "bincount"} <= set(counter.counts)
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("vqvae.py", ["--recipe", "recommended"]), ("vqvae.py", ["--balance", "gradient", "--ssim-weight", "1"]),
+    *(("vqvae.py", ["--quantizer", name]) for name in QUANTIZERS),
+    ("vqgan.py", ["--disc-start", "0", "--disc-layers", "2"]), ("pixelcnn_prior.py", [])])
+def test_no_step_waits_for_the_device_between_two_logs(folder, operators, script, flags):
+    data = ["--dataset", "folder", "--data-folder", "images", "--k", "16"]
+    if script == "pixelcnn_prior.py":
+        assert call(folder, "vqvae.py", *SMALL, *data)[0] == 0
+        data, flags = ["--model", "models/vqvae"], [*SMALL[2:], "--hidden-size-prior", "8", "--num-layers", "3"]
+    else:
+        flags = [*SMALL, *flags]
+    with operators:
+        code, _, err = call(folder, script, *data, *flags)
+    assert code == 0, err
+    assert operators.steps >= 6
+    waits = {name: count for name, count in operators.counts.items() if name in WAITS | {"mask"}}
+    assert not waits, waits
+    a_step = sum(operators.counts.values()) / operators.steps
+    print(f"{script} {' '.join(flags)}: {a_step:.0f} operators a step")
+    assert a_step < MOST_OPERATORS[script]
+
+
+def test_a_loss_that_turns_nan_between_two_logs_never_reaches_a_checkpoint(folder, monkeypatch):
+    calls = []
+
+    def broken(x_tilde, x):
+        calls.append(0)
+        return TERMS["l1"](x_tilde, x) * (torch.nan if len(calls) == 6 else 1.)  # once at construction
+    monkeypatch.setitem(TERMS, "mse", broken)
+    code, _, err = call(folder, "vqvae.py", *SMALL, "--log-every", "100", "--dataset", "folder", "--data-folder",
+                        "images", "--k", "16")
+    assert code == 2 and "the loss is not finite at step 4" in err and "mse" in err, (err, len(calls))
+    last = checkpoint.load(folder / "models" / "vqvae" / "last.pt", "vqvae")
+    assert last["counters"]["step"] == 0 and all(value.isfinite().all() for value in last["model"].values())
+
+
+# --- on fake CUDA tensors, which have shapes and devices and no values
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 ** 34, 2 ** 35))
+    functions._block.cache_clear()
+    with FakeTensorMode():
+        yield torch.device("cuda")
+    functions._block.cache_clear()
+
+
+def on_cuda(*tensors):
+    assert all(tensor.device.type == "cuda" for tensor in tensors), tensors
+
+
+@pytest.mark.parametrize("downsample", [4, 8])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_vqvae_stays_on_the_device(cuda, quantizer, downsample):
+    with cuda:
+        model = VectorQuantizedVAE(3, 8, 16, downsample=downsample, quantizer=quantizer)
+    x = torch.zeros(2, 3, 32, 32, device=cuda)
+    on_cuda(*model.eval()(x), model.encode(x), model.decode(model.encode(x)))
+    on_cuda(*model.train()(x))
+
+
+def test_the_prior_and_the_discriminator_stay_on_the_device(cuda):
+    with cuda:
+        prior, discriminator = GatedPixelCNN(16, 8, 3, 4), PatchDiscriminator(3, 8)
+    latents = torch.zeros(2, 5, 6, dtype=torch.int64, device=cuda)
+    logits = prior(latents, torch.zeros(2, dtype=torch.int64, device=cuda))
+    on_cuda(logits, cross_entropy(logits, latents))
+    on_cuda(discriminator(torch.zeros(2, 3, 32, 32, device=cuda)))
+
+
+def test_the_search_stays_on_the_device(cuda):
+    on_cuda(vq(torch.zeros(2, 5, 8, device=cuda), torch.zeros(4096, 8, device=cuda)))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_loss_term_stays_on_the_device(cuda, name):
+    on_cuda(TERMS[name](*torch.zeros(2, 2, 3, 48, 48, device=cuda)))
+
+
+@pytest.mark.parametrize("name", IMAGE_METRICS)
+def test_a_metric_stays_on_the_device(cuda, name):
+    on_cuda(IMAGE_METRICS[name](*as_8bit(torch.zeros(2, 2, 3, 32, 32, device=cuda))))
+
+
+def test_the_backward_of_every_term_and_network_has_no_shape_that_depends_on_values():
+    with FakeTensorMode():
+        model, x = VectorQuantizedVAE(3, 8, 16, quantizer="ema"), torch.zeros(2, 3, 48, 48)
+        criterion = ReconstructionLoss(dict.fromkeys(TERMS, 1.))
+        criterion._range_checked = True  # a look at values, once
+        x_tilde, z_e, z_q = model(x)
+        (criterion(x_tilde, x)[0] + F.mse_loss(z_e, z_q.detach())).backward()
+        prior, latents = GatedPixelCNN(16, 8, 3, 0), torch.zeros(2, 5, 6, dtype=torch.int64)
+        cross_entropy(prior(latents), latents).backward()
+        discriminator = PatchDiscriminator(3, 8)
+        x_tilde = model(x)[0]
+        made = generator_loss(discriminator, x_tilde, torch.no_grad)
+        assert made.shape == () and discriminator_loss(discriminator, x, x_tilde, torch.enable_grad)[0].shape == ()
+        adversarial = generator_loss(discriminator, x_tilde, torch.enable_grad)
+        adaptive_weight(x_tilde.square().mean(), adversarial, model.decoder[-2].weight, 1e4)
+        assert all(parameter.grad is not None for parameter in prior.parameters())
+
+
+# --- the search
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_search_is_exact_whatever_products_are_allowed_to_be(precision):
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        torch.manual_seed(0)
+        x, codes = torch.randn(500, 32), torch.randn(64, 32)
+        expected = torch.cdist(x.double(), codes.double()).argmin(1)
+        assert torch.equal(vq(x, codes), expected)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_codes_share_the_lowest_index(seed):
+    torch.manual_seed(seed)
+    codes = torch.randint(-1, 2, (200, 3)).float() * torch.tensor([1., -1., 0.])  # few values, and both zeros
+    lowest = functions._lowest_equal_code(codes)
+    expected = [next(i for i, other in enumerate(codes) if torch.equal(code + 0., other + 0.)) for code in codes]
+    assert lowest.tolist() == expected
+
+
+def test_the_block_of_a_gpu_follows_its_free_memory_within_bounds(monkeypatch):
+    for free, expected in ((0, functions.BLOCK), (2 ** 40, functions.LARGEST_BLOCK), (2 ** 31, 2 ** 31 // 4 // 64)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
+        functions._block.cache_clear()
+        assert functions._block(torch.device("cuda")) == expected
+    functions._block.cache_clear()
