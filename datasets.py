@@ -3,13 +3,10 @@
 To add a data set: write a function that returns its splits and give it a row in `DATASETS` at the end of this file.
 """
 import argparse
-import csv
 import hashlib
 import io
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,31 +14,38 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import folders
+from folders import SPLITS, existing
 from harness import cli, distributed
 from harness.batches import Batches
 from harness.checkpoint import write_atomic
-from harness.images import ImageFiles, decode_or_skip, find_images, is_grey
+from harness.images import ImageFiles, find_files
 
 IN_MEMORY_BYTES = 2 ** 32  # a data set that needs more, as uint8, streams from disk
-MANY_FILES = 1024  # from here on, decoding is worth several processes
-SPLITS = ("train", "valid", "test")
 CARVED = 0.1  # share of train that becomes a split the data set does not bring
 SPLIT_SEED = 0  # splits never depend on --seed
+
+
+BUILT_IN = "photos"  # the data set that reads no folder
+CROP_SCALE = 1.15  # of --random-crop alone
 
 
 def add_arguments(parser):
     """Flags of the data set, for scripts that are told which."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default="photos", help="(default %(default)s)")
+    group.add_argument("--dataset", choices=DATASETS, help=f"(default what --data-folder holds; {BUILT_IN} without)")
     group.add_argument("--image-size", type=cli.image_size, metavar="N|HxW", help="resize and center-crop the images")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False,
                        help="mirror half of the training images")
+    group.add_argument("--random-crop", type=_crop_scale, nargs="?", const=CROP_SCALE, metavar="SCALE",
+                       help="resize training images to SCALE times --image-size, of which each epoch sees a part "
+                       f"anew (SCALE is {CROP_SCALE} where left out)")
     add_folder_arguments(group)
 
 
-def add_folder_arguments(group, folder="data"):
+def add_folder_arguments(group):
     """Flags of where a data set is and how it is read."""
-    group.add_argument("--data-folder", default=folder, help="where the data set is, or is downloaded to")
+    group.add_argument("--data-folder", help="where the data set is, or is downloaded to")
     group.add_argument("--no-download", action="store_true", help="fail where the data set is not on disk")
     group.add_argument("--skip-broken", action="store_true", help="go on without images that do not decode")
     group.add_argument("--limit", type=cli.positive_int, metavar="N", help="use N training images, for quick looks")
@@ -50,9 +54,52 @@ def add_folder_arguments(group, folder="data"):
                        help="processes that decode images where a data set streams from disk (default %(default)s)")
 
 
+def _crop_scale(text):
+    value = cli.not_negative(text, low=1.)
+    if value > 8:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to 8, got {text}")
+    return value
+
+
 def source_of(args):
-    """The `Source` that the flags of a script name."""
-    return Source(args.data_folder, args.image_size, not args.no_download, args.skip_broken)
+    """The `Source` that the flags of a script name; sets args.dataset and args.data_folder where they are left out."""
+    if not args.dataset:
+        args.dataset = detect(args.data_folder) if args.data_folder else BUILT_IN
+    _refuse_folder(args.dataset, args.data_folder)
+    if args.random_crop and not args.image_size:
+        raise ValueError("--random-crop needs --image-size, the size of a crop")
+    args.data_folder = args.data_folder or "data"
+    return Source(args.data_folder, args.image_size, not args.no_download, args.skip_broken, args.random_crop or 1.)
+
+
+def _refuse_folder(name, folder):
+    if folder and name == BUILT_IN:
+        raise ValueError(f"the data set {BUILT_IN} is built in and reads no folder: leave out --data-folder {folder}, "
+                         "or name another --dataset")
+
+
+def detect(folder):
+    """Name of the data set that a folder holds: the one whose marks are in it, else "folder", any image files.
+
+    Raises:
+        FileNotFoundError: there is no such folder. ValueError: it holds several.
+    """
+    root = existing(folder)
+    held = [name for name, open_splits in DATASETS.items()
+            if getattr(open_splits, "marks", ()) and all((root / mark).exists() for mark in open_splits.marks)]
+    if not held or folders.split_folders(root):
+        held.append("folder")
+    if len(held) > 1:
+        raise ValueError(f"--data-folder {folder} holds {' and '.join(held)}: say which with --dataset")
+    return held[0]
+
+
+def marked_by(*marks):
+    """Decorator of a function in `DATASETS`: a folder that holds all of these files or folders holds its data set."""
+    def mark(open_splits):
+        open_splits.marks = marks
+        return open_splits
+    return mark
 
 
 @dataclass
@@ -62,12 +109,20 @@ class Source:
     image_size: tuple = None  # (H, W); None keeps the files' own
     download: bool = True
     skip_broken: bool = False
+    crop_scale: float = 1.  # sides of a training image over those of the crop that an epoch sees
+    channels: int = None  # None: as many as the files have
 
     @classmethod
     def of(cls, checkpoint, folder=None, download=True):
         """Where the images of a checkpoint's contents came from, or the same images in another folder."""
-        args = checkpoint["args"]
-        return cls(folder or args["data_folder"], tuple(checkpoint["data"]["size"]), download, args["skip_broken"])
+        args, facts = checkpoint["args"], checkpoint["data"]
+        _refuse_folder(facts["name"], folder)
+        return cls(folder or args["data_folder"], tuple(facts["size"]), download, args["skip_broken"],
+                   channels=facts["channels"])
+
+    def train_size(self):
+        """(H, W) to which training images are brought, of which `image_size` is cropped."""
+        return self.image_size and tuple(round(side * self.crop_scale) for side in self.image_size)
 
 
 @dataclass
@@ -84,23 +139,29 @@ class Data:
     def shard(self, rank, world):
         """Leave this process its share of every batch of every split."""
         for split in SPLITS:
-            getattr(self, split).shard(rank, world)
+            getattr(self, split).shard(rank, world, split)
 
     def facts(self):
         """What a checkpoint keeps of it: plain values."""
         return {"name": self.name, "channels": self.channels, "size": list(self.size), "classes": self.classes,
                 "images": {split: len(getattr(self, split).labels) for split in SPLITS}}
 
+    def __str__(self):
+        """One line of what was found."""
+        images = ", ".join(f"{len(getattr(self, split).labels)} {split}" for split in SPLITS)
+        classes = f"{len(self.classes)} classes" if self.classes else "no classes"
+        return (f"data: {self.name}, {images} images of {self.size[0]}x{self.size[1]}, {self.channels} "
+                f"channel{'s' * (self.channels > 1)}, {classes}" + ", streamed from disk" * self.train.streams)
+
 
 def fingerprint(name, source):
     """What a data set's images depend on, as text: changes when a file in its folder does."""
     description = [name, str(source.image_size), str(source.skip_broken)]
-    if name != "photos":
-        for root, _, names in sorted(os.walk(source.folder, followlinks=True)):
-            for file in sorted(names):
-                status = os.stat(os.path.join(root, file))
-                description.append(f"{root}/{file} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(description).encode()).hexdigest()
+    if name != BUILT_IN:
+        for path in find_files(existing(source.folder))[0]:
+            status = os.stat(path)
+            description.append(f"{path} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(description).encode(errors="surrogateescape")).hexdigest()
 
 
 def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None, workers=0):
@@ -111,18 +172,29 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
         seed: of the training order. limit: use the first so many training images. workers: processes that decode
             where images stream.
     Raises:
-        FileNotFoundError, ValueError, OSError: missing or empty folder, broken image, sizes that differ, no download.
+        FileNotFoundError, ValueError, OSError: missing or empty folder, broken image, sizes or channels that differ,
+            no download.
     """
+    if name not in DATASETS:
+        raise ValueError(f"the data set {name!r} is not known, only {', '.join(DATASETS)} are")
     splits, classes = DATASETS[name](source)  # split -> (images, labels)
     splits = _complete(splits)
     if limit:
         images, labels = splits["train"]
         splits["train"] = (_subset(images, slice(0, limit)), labels[:limit])
-    images = splits["train"][0]
+    splits = {split: (_sized(images, source.train_size() if split == "train" else source.image_size), labels)
+              for split, (images, labels) in splits.items()}
+    files = [images for images, _ in splits.values() if isinstance(images, ImageFiles)]
+    if files and sum(images.nbytes() for images in files) <= IN_MEMORY_BYTES:
+        splits = _in_memory(splits)
+    images = splits["test"][0]
     size, channels = (images.size, images.channels) if isinstance(images, ImageFiles) \
         else (tuple(images.shape[1:3]), images.shape[3])
+    if source.channels not in (None, channels):
+        raise ValueError(f"{name} in {source.folder} has {channels} channels, the model {source.channels}")
     train, valid, test = (Batches(*splits[split], batch_size, device, shuffle=split == "train",
-                                  flip=flip and split == "train", seed=seed, workers=workers) for split in SPLITS)
+                                  flip=flip and split == "train", seed=seed, workers=workers, size=size)
+                          for split in SPLITS)
     return Data(name, train, valid, test, channels, size, classes)
 
 
@@ -142,26 +214,46 @@ def _complete(splits):
 
 
 def _subset(images, index):
-    if not isinstance(images, ImageFiles):
-        return images[index]
-    paths = images.paths[index] if isinstance(index, slice) else [images.paths[i] for i in index]
-    return ImageFiles(paths, images.size, images.channels, images.skip_broken)
+    return images.subset(index) if isinstance(images, ImageFiles) else images[index]
+
+
+def _sized(images, size):
+    """Images (N, H, W, C) resized to cover a size (H, W) and center-cropped to it; files will be when they are read."""
+    if not size:
+        return images
+    if isinstance(images, ImageFiles):
+        images.size = size
+        return images
+    return _resized(images, size)
+
+
+def _in_memory(splits):
+    """{split: (`ImageFiles`, labels)} decoded; says how many are broken."""
+    decoded, broken = {}, []
+    for split, (files, labels) in splits.items():
+        images, kept, bad = files.decode_all()
+        decoded[split], broken = (images, labels[kept]), broken + bad
+    if broken:
+        total = sum(len(files) for files, _ in splits.values())
+        print(f"skipped {len(broken)} broken images of {total}, such as {min(broken)}")
+    return decoded
 
 
 # --- photographs that ship with scikit-image
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 PHOTO_STRIPS = {"train": (0., 0.6), "valid": (0.6, 0.8), "test": (0.8, 1.)}  # of the longer side
+PHOTO_SIZE = (64, 64)
 PHOTO_CROPS = {"train": 4096, "valid": 512, "test": 512}
 
 
 def _photos(source):
     from skimage import data
-    height, width = source.image_size or (64, 64)
+    source.image_size = source.image_size or PHOTO_SIZE
     photos = [torch.from_numpy(getattr(data, name)()[..., :3].copy()) for name in PHOTOS]
     generator, splits = torch.Generator().manual_seed(SPLIT_SEED), {}
     for split, (start, stop) in PHOTO_STRIPS.items():
-        strips = []
+        strips, (height, width) = [], source.train_size() if split == "train" else source.image_size
         for photo in photos:
             axis = int(photo.shape[1] > photo.shape[0])
             side = photo.shape[axis]
@@ -182,31 +274,46 @@ def _photos(source):
 
 # --- torchvision's own
 
-def _torchvision(class_name):
+def _torchvision(class_name, mark):
+    @marked_by(mark)
     def open_splits(source):
         from torchvision import datasets as tv
         dataset_class, splits = getattr(tv, class_name), {}
         for split in ("train", "test"):
-            try:
-                dataset = dataset_class(source.folder, train=split == "train", download=False)
-            except RuntimeError as missing:
-                if not source.download:
-                    raise FileNotFoundError(f"{class_name} is not in {source.folder} and --no-download forbids to "
-                                            "fetch it") from missing
-                try:
-                    dataset = dataset_class(source.folder, train=split == "train", download=True)
-                except (RuntimeError, OSError) as error:
-                    raise OSError(f"{class_name} is not in {source.folder} and cannot be downloaded ({error}): "
-                                  "download it elsewhere and pass its --data-folder") from error
+            dataset = _open_torchvision(dataset_class, source, mark, train=split == "train")
             images = torch.as_tensor(dataset.data)
             images = images if images.ndim == 4 else images.unsqueeze(3)  # (N, H, W, C)
-            splits[split] = (_resized(images, source.image_size), torch.as_tensor(dataset.targets))
+            splits[split] = (images, torch.as_tensor(dataset.targets))
         return splits, list(dataset.classes)
     return open_splits
 
 
+def _open_torchvision(dataset_class, source, mark, **options):
+    """A data set of torchvision, downloaded where it is missing and that is allowed."""
+    name = dataset_class.__name__
+    try:
+        return dataset_class(source.folder, download=False, **options)
+    except RuntimeError as missing:
+        if not source.download:
+            raise FileNotFoundError(f"{name} is not in {source.folder}, and --no-download forbids to fetch it"
+                                    ) from missing
+    except Exception as error:
+        raise ValueError(f"{Path(source.folder) / mark} is damaged ({_one_line(error)}): delete it, and {name} is "
+                         "downloaded anew") from error
+    try:
+        return dataset_class(source.folder, download=True, **options)
+    except Exception as error:
+        raise OSError(f"{name} is not in {source.folder} and cannot be downloaded ({_one_line(error)}): download it "
+                      "elsewhere and pass its --data-folder") from error
+
+
+def _one_line(error):
+    """What went wrong, without line breaks: torchvision lists each address it tried on lines of its own."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _resized(images, size):
-    if not size or tuple(images.shape[1:3]) == tuple(size):
+    if tuple(images.shape[1:3]) == tuple(size):
         return images
     height, width = images.shape[1:3]
     scale = max(size[0] / height, size[1] / width)
@@ -220,111 +327,13 @@ def _resized(images, size):
     return torch.cat(resized).contiguous()
 
 
-# --- folders of image files
-
-def _existing(folder):
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--data-folder {folder} does not exist or is no folder")
-    return folder
-
-
-def _folder(source):
-    root, files, names = _existing(source.folder), {}, set()
-    folders = {split: next((root / alias for alias in (split, *{"valid": ("val", "validation")}.get(split, ()))
-                            if (root / alias).is_dir()), None) for split in SPLITS}
-    if not folders["train"]:
-        folders = {"train": root}
-    for split, folder in folders.items():
-        if folder:
-            paths = find_images(folder)
-            if not paths:
-                raise ValueError(f"no images under {folder}: put image files there, or name another --data-folder")
-            # The class is the first folder below the split; with files outside any, there are no classes.
-            files[split] = [(path, path.relative_to(folder).parts[0] if path.parent != folder else None)
-                            for path in paths]
-            names |= {label for _, label in files[split]}
-    classes = [] if None in names else sorted(names)
-    return _open_files(files, classes, source), classes
-
-
-def _miniimagenet(source):
-    root, files = _existing(source.folder), {}
-    for split, name in zip(SPLITS, ("train.csv", "val.csv", "test.csv")):
-        if not (root / name).is_file():
-            raise FileNotFoundError(f"no {name} in {root}: Mini-ImageNet is images/, train.csv, val.csv and test.csv")
-        with open(root / name, newline="") as file:
-            reader = csv.DictReader(file)
-            if not {"filename", "label"} <= set(reader.fieldnames or ()):
-                raise ValueError(f"{root / name} must have the columns filename,label")
-            files[split] = [(root / "images" / row["filename"], row["label"]) for row in reader]
-        if not files[split]:
-            raise ValueError(f"{root / name} lists no images")
-    classes = sorted({label for rows in files.values() for _, label in rows})
-    source.image_size = source.image_size or (128, 128)
-    return _open_files(files, classes, source), classes
-
-
-def _open_files(files, classes, source):
-    """Split -> (path, class) rows becomes split -> (images, labels), in memory where all of them fit."""
-    sample = [path for rows in files.values() for path, _ in rows[::max(1, len(rows) // 100)]]
-    channels, size = _channels_and_size(sample, source)
-    total = sum(len(rows) for rows in files.values()) * size[0] * size[1] * channels
-    index, splits = {name: i for i, name in enumerate(classes)}, {}
-    for split, rows in files.items():
-        images = ImageFiles([path for path, _ in rows], source.image_size, channels, source.skip_broken)
-        labels = torch.tensor([index.get(label, 0) for _, label in rows])
-        if total > IN_MEMORY_BYTES:
-            images.size = size
-            splits[split] = (images, labels)
-        else:
-            splits[split] = _decode_all(images, labels)
-    return splits
-
-
-def _channels_and_size(paths, source):
-    grey, size = True, source.image_size
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                grey, size = grey and is_grey(image), size or (image.height, image.width)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is listed but does not exist") from None
-        except (OSError, SyntaxError, ValueError):
-            continue  # decoding names it
-    return 1 if grey and size else 3, size or (0, 0)
-
-
-def _decode_all(files, labels):
-    read = partial(decode_or_skip, size=files.size, channels=files.channels, skip_broken=files.skip_broken)
-    if len(files) < MANY_FILES:
-        images = [read(path) for path in files.paths]
-    else:
-        with ProcessPoolExecutor() as pool:
-            images = list(pool.map(read, files.paths, chunksize=MANY_FILES // 8))
-    kept = [i for i, image in enumerate(images) if image is not None]
-    if not kept:
-        raise ValueError(f"none of the {len(files)} images decodes, the first is {files.paths[0]}")
-    if len(kept) < len(images):
-        print(f"skipped {len(images) - len(kept)} broken images of {len(images)}")
-    first = images[kept[0]]
-    for i in kept:
-        if images[i].shape != first.shape:
-            raise ValueError(f"{files.paths[i]} is {_size_text(images[i])} but {files.paths[kept[0]]} is "
-                             f"{_size_text(first)}: pass --image-size to bring all images to one size")
-    return torch.from_numpy(np.stack([images[i] for i in kept])), labels[kept]
-
-
-def _size_text(image):
-    return f"{image.shape[0]}x{image.shape[1]}"
-
-
 # --- Atari frames
 
 BOXING_FRAMES = {"train": 8000, "valid": 1000, "test": 1000}
 BOXING_SIZE, BOXING_SKIP = 84, 4  # pixels a side; emulator frames between two that are kept
 
 
+@marked_by(f"boxing-{BOXING_SIZE}.npz")
 def _boxing(source):
     cache = Path(source.folder) / f"boxing-{BOXING_SIZE}.npz"
     if not cache.is_file():
@@ -338,8 +347,7 @@ def _boxing(source):
             images = {split: torch.from_numpy(frames[split]) for split in SPLITS}
     except Exception as error:
         raise ValueError(f"{cache} is damaged ({error}): delete it, and it is rendered anew") from error
-    return {split: (_resized(x, source.image_size), torch.zeros(len(x), dtype=torch.int64))
-            for split, x in images.items()}, []
+    return {split: (x, torch.zeros(len(x), dtype=torch.int64)) for split, x in images.items()}, []
 
 
 def _render_boxing(count, seed):
@@ -366,10 +374,10 @@ def _render_boxing(count, seed):
 
 DATASETS = {
     "photos": _photos,
-    "mnist": _torchvision("MNIST"),
-    "fashion-mnist": _torchvision("FashionMNIST"),
-    "cifar10": _torchvision("CIFAR10"),
-    "miniimagenet": _miniimagenet,
+    "mnist": _torchvision("MNIST", "MNIST/raw"),
+    "fashion-mnist": _torchvision("FashionMNIST", "FashionMNIST/raw"),
+    "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),
+    "miniimagenet": marked_by("images", "train.csv")(folders.miniimagenet),
     "boxing": _boxing,
-    "folder": _folder,
+    "folder": folders.image_folder,
 }

@@ -73,9 +73,11 @@ class Experiment:
         weights = {name: getattr(args, f"{name.replace('-', '_')}_weight") for name in TERMS}
         ReconstructionLoss(weights, args.balance, sharpen=args.sharpen)  # wrong weights fail before data is read,
         check_folder(args, "vqvae", [args.frozen_codebook])  # and so does a folder in use
+        source = datasets.source_of(args)
         with distributed.rank_0_first():
-            self.data = datasets.load(args.dataset, datasets.source_of(args), args.batch_size, self.device, args.flip,
-                                      args.seed, args.limit, args.num_workers)
+            self.data = datasets.load(args.dataset, source, args.batch_size, self.device, args.flip, args.seed,
+                                      args.limit, args.num_workers)
+        print(self.data)
         self.data.shard(distributed.rank(), distributed.world_size())
         VectorQuantizedVAE.check_size(self.data.size, args.downsample)
         if min(self.data.train.sizes()) == 1 and max(self.data.size) == args.downsample:

@@ -28,7 +28,7 @@ def parse_args():
     group = parser.add_argument_group("prior")
     group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
     group.add_argument("--num-layers", type=cli.positive_int, default=15, help="(default %(default)s)")
-    datasets.add_folder_arguments(parser.add_argument_group("data"), folder=None)
+    datasets.add_folder_arguments(parser.add_argument_group("data"))
     cli.add_arguments(parser, output_folder="prior", lr=3e-4)
     group = parser.add_argument_group("sampling")
     group.add_argument("--sample", type=cli.positive_int, metavar="N",

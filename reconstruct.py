@@ -56,7 +56,7 @@ def list_sources(paths):
     sources = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [(file, Path(path.name) / file.relative_to(path)) for file in find_images(path)]
+            inside = [(file, Path(path.name) / file.relative_to(path)) for file in find_images(path)[0]]
             if not inside:
                 raise ValueError(f"no images under {path}")
             sources += inside

@@ -90,11 +90,11 @@ def test_greyscale_folders_have_one_channel_and_mixed_ones_three(tmp_path):
 
 def miniimagenet(folder):
     pictures(folder / "images", 12, (20, 30), suffix=".jpg")
-    for split, names in (("train", "dog cat"), ("val", "ant"), ("test", "eel")):
+    for split, start, names in (("train", 0, "dog cat"), ("val", 2, "ant"), ("test", 3, "eel")):
         with open(folder / f"{split}.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["filename", "label"])
-            writer.writerows((f"{i:03d}.jpg", name) for i, name in enumerate(names.split()))
+            writer.writerows((f"{i:03d}.jpg", name) for i, name in enumerate(names.split(), start))
 
 
 def test_miniimagenet(tmp_path):

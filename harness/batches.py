@@ -8,22 +8,43 @@ from harness.images import ImageFiles
 class Batches:
     """Batches x (B, C, H, W) float32 in [-1, 1], channels_last on `device`, and labels (B,) int64.
 
-    Images are a (N, H, W, C) uint8 tensor, which moves to the device as a whole, or `ImageFiles`, which stream.
-    The order and the flips of an epoch depend on the seed and the epoch alone, so that a run can go on anywhere.
+    Images are a (N, H, W, C) uint8 tensor, which moves to the device as a whole, or `ImageFiles`, which stream. Of
+    images larger than `size` (H, W) each epoch sees a random part of that size.
+    Order, flips and parts of an epoch depend on the seed and the epoch alone, so that a run can go on anywhere.
     Of many processes, each yields its share of batches `world` times as large; `batch_size` is that of all together.
+
+    Raises:
+        ValueError: images in memory are not 8-bit (N, H, W, C), the one kind whose range is certain.
     """
 
     rank, world = 0, 1
 
-    def __init__(self, images, labels, batch_size, device="cpu", shuffle=False, flip=False, seed=0, workers=0):
+    def __init__(self, images, labels, batch_size, device="cpu", shuffle=False, flip=False, seed=0, workers=0,
+                 size=None):
         self.streams = isinstance(images, ImageFiles)
+        whole = images.size if self.streams else self._check(images)
+        self.size, self.room = size or whole, [old - new for old, new in zip(whole, size or whole)]
         self.images, self.labels = images if self.streams else images.to(device), labels.to(device)
         self.batch_size, self.device, self.workers = batch_size, torch.device(device), workers
         self.shuffle, self.flip, self.seed = shuffle, flip, seed
         self.skipped, self._ahead = 0, None
 
-    def shard(self, rank, world):
-        """Yield the share of process `rank` of `world` alone: whoever goes through all shares sees each image once."""
+    @staticmethod
+    def _check(images):
+        """Sides of images in memory."""
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(f"images must be (N, H, W, C) uint8, got {tuple(images.shape)} {images.dtype}")
+        return tuple(images.shape[1:3])
+
+    def shard(self, rank, world, split="training or evaluation"):
+        """Yield the share of process `rank` of `world` alone: whoever goes through all shares sees each image once.
+
+        Raises:
+            ValueError: there are fewer images than processes.
+        """
+        if len(self.labels) < world:
+            raise ValueError(f"{len(self.labels)} {split} images are fewer than the {world} processes: start fewer "
+                             "processes, or add images")
         self.rank, self.world = rank, world
         self.batch_size *= world
 
@@ -45,40 +66,50 @@ class Batches:
     def epoch(self, epoch, start=0):
         """The batches of an epoch from batch number `start` on."""
         plan, read = self._plan(epoch)[start:], self._stream if self.streams else self._pick
-        for (images, labels), (_, flip) in zip(read(plan, epoch, start), plan):
+        for (images, labels), (_, flip, corner) in zip(read(plan, epoch, start), plan):
             if labels is None:
                 continue
-            x = self._to_input(images)
+            x = self._to_input(images if corner is None else self._parts(images, corner[:len(images)]))
             if flip is not None:
                 flip = flip[:len(x)].to(self.device).view(-1, 1, 1, 1)
                 x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
             yield x, labels
 
     def examples(self, count):
-        """Batch of at most `count` images spread evenly over the split, unflipped."""
+        """Batch of at most `count` images spread evenly over the split, unflipped, of their middle."""
         index = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).long()
         images = _stack_decoded([self.images[i] for i in index])[0] if self.streams else self.images[index]
-        return self._to_input(images)
+        middle = torch.tensor([[room // 2 for room in self.room]]).expand(len(images), 2)
+        return self._to_input(self._parts(images, middle) if any(self.room) else images)
 
     def _plan(self, epoch):
-        """[(indices, flips or None)] of this process's batches of an epoch."""
+        """[(indices, flips or None, upper left corners or None)] of this process's batches of an epoch."""
         word = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(word >> np.uint64(1)))
-        count = len(self.labels)
+        count, sizes = len(self.labels), self.sizes()
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         flips = torch.rand(count, generator=generator) < 0.5 if self.flip else None
-        sizes = self.sizes()
+        corners = torch.stack([torch.randint(room + 1, (count,), generator=generator) for room in self.room], 1) \
+            if any(self.room) else None
+        columns = order, flips, corners
         if not self.streams:  # as a whole, so that no batch waits for its indices
-            order, flips = order.to(self.device), None if flips is None else flips.to(self.device)
-        batches, flips = ([part.tensor_split(self.world)[self.rank] for part in column[:sum(sizes)].split(sizes)]
-                          if column is not None else None for column in (order, flips))
-        return list(zip(batches, flips or [None] * len(batches)))
+            columns = (column if column is None else column.to(self.device) for column in columns)
+        columns = ([part.tensor_split(self.world)[self.rank] for part in column[:sum(sizes)].split(sizes)]
+                   if column is not None else [None] * len(sizes) for column in columns)
+        return list(zip(*columns))
+
+    def _parts(self, images, corners):
+        """Of each image (B, H, W, C) the part of `size` whose upper left corner (B, 2) is given."""
+        rows, columns = (corner.to(images.device)[:, None] + torch.arange(side, device=images.device)
+                         for corner, side in zip(corners.unbind(1), self.size))
+        index = torch.arange(len(images), device=images.device)
+        return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
     def _to_input(self, images):
         return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
     def _pick(self, plan, epoch, start):
-        for batch, _ in plan:
+        for batch, *_ in plan:
             yield self.images[batch], self.labels[batch]
 
     def _stream(self, plan, epoch, start):
@@ -90,8 +121,8 @@ class Batches:
                 num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator())
             self._ahead = None, iter(loader)
         decoded, self._ahead, skipped = self._ahead[1], None, 0
-        for batch, _ in plan:
-            images, kept = next(decoded)
+        for batch, *_ in plan:
+            images, kept = self._next(decoded)
             skipped += len(batch) - len(kept)
             if not len(kept) and self.world > 1:
                 raise ValueError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
@@ -102,10 +133,19 @@ class Batches:
             print(f"skipped {skipped} broken images of {len(self.labels)}")
             self.skipped = skipped
 
+    def _next(self, decoded):
+        """The next decoded batch; an error is told without the worker's traceback."""
+        try:
+            return next(decoded)
+        except (ValueError, OSError) as error:
+            if not self.workers:
+                raise
+            raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+
     def _endless(self, epoch, start):
         """Lists of indices: the batches of an epoch and, in training, of those after it."""
         while True:
-            yield from (batch.tolist() for batch, _ in self._plan(epoch)[start:])
+            yield from (batch.tolist() for batch, *_ in self._plan(epoch)[start:])
             if not self.shuffle:
                 return
             epoch, start = epoch + 1, 0
@@ -113,6 +153,10 @@ class Batches:
 
 class LatentBatches(Batches):
     """Batches of latents (B, h, w) int64 and labels, from integers (N, h, w) of any kind."""
+
+    @staticmethod
+    def _check(latents):
+        return tuple(latents.shape[1:])
 
     def _to_input(self, latents):
         return latents.long()

@@ -1,67 +1,178 @@
 """Image files: finding and decoding them."""
 import os
+import warnings
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+MANY_FILES = 1024  # from here on, decoding is worth several processes
+SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")  # formats whose mode I is 16 bits a pixel
+ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+
 
 class BrokenImage(ValueError):
     """An image file that does not decode."""
 
 
-def find_images(folder):
-    """Sorted paths of the image files under a folder, judged by their endings."""
-    endings = Image.registered_extensions()
-    return sorted(Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names
-                  if Path(name).suffix.lower() in endings and not name.startswith("."))
+# --- finding
 
+def find_files(*folders):
+    """Sorted paths of the files under each folder, hidden ones left out.
+
+    Links are followed, but no directory is read twice, and none that holds one of the folders: a link to it would bring
+    in what lies beside them. Where a directory can be reached in two ways, the one without a link counts. What is no
+    regular file (a link that leads nowhere, a pipe, a device) is left out, and said where its name is an image's.
+    """
+    seen = {_identity(parent) for folder in map(Path, folders)
+            for path in (folder.resolve(), Path(os.path.abspath(folder))) for parent in path.parents}
+    found, odd = [[] for _ in folders], []
+    real, linked = deque(enumerate(map(str, folders))), deque()
+    while real or linked:
+        number, folder = (real or linked).popleft()
+        if _identity(folder) in seen:
+            continue
+        seen.add(_identity(folder))
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.is_dir():
+                (linked if entry.is_symlink() else real).append((number, entry.path))
+            elif entry.is_file() and not entry.name.startswith("."):
+                found[number].append(Path(entry.path))
+            elif _is_image(entry.name):
+                odd.append(entry.path)
+    if odd:
+        print(f"left out {len(odd)} that are no regular files, such as {min(odd)}")
+    return [sorted(paths) for paths in found]
+
+
+def find_images(*folders):
+    """Sorted paths of the image files under each folder, judged by their endings; links as in `find_files`."""
+    return [[path for path in paths if _is_image(path.name)] for paths in find_files(*folders)]
+
+
+def _identity(folder):
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _is_image(name):
+    return Path(name).suffix.lower() in Image.registered_extensions() and not name.startswith(".")
+
+
+# --- decoding
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Image files decoded one by one to (H, W, C) uint8; a broken one raises, or is None where it may be skipped."""
+    """Image files decoded one by one to (H, W, C) uint8; a broken one raises, or is None where it may be skipped.
 
-    def __init__(self, paths, size, channels, skip_broken=False):
-        self.paths, self.size, self.channels, self.skip_broken = paths, size, channels, skip_broken
+    `size` is the (H, W) of all of them: where `resize` is set they are brought to it, else another size is an error.
+    """
+
+    def __init__(self, paths, size, channels, skip_broken=False, resize=True):
+        self.paths, self.size, self.channels, self.skip_broken, self.resize = paths, size, channels, skip_broken, resize
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return decode_or_skip(self.paths[index], self.size, self.channels, self.skip_broken)
+        try:
+            return decode(self.paths[index], self.size, self.channels, self.resize)
+        except BrokenImage:
+            if not self.skip_broken:
+                raise
+            return None
+
+    def nbytes(self):
+        """Memory that all of them need, decoded."""
+        return len(self) * self.size[0] * self.size[1] * self.channels
+
+    def subset(self, index):
+        """The files at `index`, a slice or whole numbers."""
+        paths = self.paths[index] if isinstance(index, slice) else [self.paths[i] for i in index]
+        return ImageFiles(paths, self.size, self.channels, self.skip_broken, self.resize)
+
+    def decode_all(self):
+        """All that decode as one tensor (N, H, W, C) uint8, their numbers, and the paths of those that are broken.
+
+        Raises:
+            ValueError: none of them decodes, or one does not that may not be skipped.
+        """
+        if len(self) < MANY_FILES:
+            images = [self[i] for i in range(len(self))]
+        else:
+            with ProcessPoolExecutor() as pool:
+                images = list(pool.map(self.__getitem__, range(len(self)), chunksize=MANY_FILES // 8))
+        kept = [i for i, image in enumerate(images) if image is not None]
+        if not kept:
+            raise ValueError(f"none of {len(self)} images decodes, the first is {self.paths[0]}")
+        broken = [path for path, image in zip(self.paths, images) if image is None]
+        return torch.from_numpy(np.stack([images[i] for i in kept])), kept, broken
 
 
-def decode_or_skip(path, size, channels, skip_broken):
-    try:
-        return decode(path, size, channels)
-    except BrokenImage:
-        if not skip_broken:
-            raise
-        return None
+def probe(path):
+    """(H, W) of an image file and whether it is grey, from its header alone. BrokenImage where it has none."""
+    with _opened(path) as image:
+        height, width = image.height, image.width
+        rotated = image.getexif().get(0x0112) in ROTATED
+        return (width, height) if rotated else (height, width), is_grey(image)
 
 
-def decode(path, size=None, channels=3):
-    """Read an image file as an array (H, W, C) uint8, resized and center-cropped to size (H, W) where one is given.
+def decode(path, size=None, channels=3, resize=True):
+    """Read an image file as an array (H, W, C) uint8, resized to cover and center-cropped to size (H, W) if given.
+
+    Grey images of 16 bits, and floats in [0, 1], are scaled to 8 bits.
 
     Raises:
-        BrokenImage: it does not decode. ValueError: it is colour where channels is 1.
+        BrokenImage: it does not decode. ValueError: it is colour where channels is 1, its range is not known, or its
+            size differs where `resize` is not set.
     """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BrokenImage(f"{path} does not decode as an image ({error}): repair or remove it, or pass --skip-broken"
-                          ) from error
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel, which Pillow would clip rather than scale
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+    with _opened(path) as file:
+        kind = file.format
+        image = ImageOps.exif_transpose(file)
+        image.load()
+    image = _eight_bits(path, image, kind)
     if channels == 1 and not is_grey(image):
         raise ValueError(f"{path} is a colour image among greyscale ones: keep one kind in a folder")
     image = image.convert("L" if channels == 1 else "RGB")
     if size and image.size != (size[1], size[0]):
+        if not resize:
+            raise ValueError(f"{path} is {image.height}x{image.width} but others are {size[0]}x{size[1]}: pass "
+                             "--image-size to bring all images to one size")
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return np.array(image).reshape(image.height, image.width, channels)
 
 
+@contextmanager
+def _opened(path):
+    """An open image file; whatever goes wrong with it is a BrokenImage, since decoders raise errors of every kind."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and odd metadata: they decode or they do not
+            with Image.open(path) as file:
+                yield file
+    except Exception as error:
+        raise BrokenImage(f"{path} does not decode as an image ({error}): repair or remove it, or pass --skip-broken"
+                          ) from error
+
+
+def _eight_bits(path, image, kind):
+    """What Pillow would clip, scaled: 16 bits a pixel, and floats in [0, 1]."""
+    if image.mode == "F":
+        values, top = np.asarray(image, dtype=np.float64), 1
+    elif image.mode.startswith("I;16") or (image.mode == "I" and kind in SIXTEEN_BITS):
+        values, top = np.asarray(image, dtype=np.float64), 2 ** 16 - 1
+    elif image.mode == "I":
+        raise ValueError(f"{path} has 32-bit integers, whose range is not known: convert it to 8 or 16 bits")
+    else:
+        return image
+    if not (values.min() >= 0 and values.max() <= top):
+        raise ValueError(f"{path} has values from {values.min():.4g} to {values.max():.4g}, whose range is not known: "
+                         f"scale them to 0...{top}, or convert it to 8 bits")
+    return Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+
+
 def is_grey(image):
-    return image.mode in ("1", "L", "LA") or image.mode.startswith("I") or image.mode == "F"
+    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
