@@ -3,13 +3,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import metrics
 from harness import checkpoint, cli, report
 from harness.images import BrokenImage, decode, find_images
 from modules import VectorQuantizedVAE
-
-MARGIN = 64  # pixels around a tile that are computed and thrown away: more than a code sees or reaches
 
 
 def parse_args():
@@ -29,9 +28,9 @@ def main():
     device = cli.pick_device(args.device)
     found = checkpoint.load(args.model, "vqvae")
     model = VectorQuantizedVAE.rebuild(found).to(device, memory_format=torch.channels_last)
-    sources = list_sources(args.images)
+    sources = name_targets(list_sources(args.images), Path(args.output))
     rows, skipped = [], 0
-    for path, name in sources:
+    for path, target in sources:
         try:
             image = open_image(path, found["data"]["channels"])
         except BrokenImage:
@@ -41,7 +40,6 @@ def main():
             continue
         x_tilde = metrics.as_8bit(reconstruct(model, image.to(device), args.tile)).cpu()
         x = metrics.as_8bit(image)
-        target = (Path(args.output) / name).with_suffix(".png")
         target.parent.mkdir(parents=True, exist_ok=True)
         report.save_picture(target, [torch.cat([x, x_tilde])], least_side=1)
         rows.append([str(target), f"{x.shape[2]}x{x.shape[3]}", *(
@@ -67,6 +65,24 @@ def list_sources(paths):
     return sources
 
 
+def name_targets(sources, output):
+    """[(image file, the file of its reconstruction)]: a PNG of its name, that keeps the ending where two share a name.
+
+    Raises:
+        ValueError: two would be one file still, or one would replace an image that is read.
+    """
+    names = [name.with_suffix(".png") for _, name in sources]
+    inputs, taken = {path.resolve() for path, _ in sources}, {}
+    for (path, name), target in zip(sources, names):
+        target = output / (name.with_name(f"{name.name}.png") if names.count(target) > 1 else target)
+        if target in taken:
+            raise ValueError(f"{taken[target]} and {path} would both be reconstructed as {target}: do them apart")
+        if target.resolve() in inputs:
+            raise ValueError(f"{target} is read and would be replaced: pass another --output than {output}")
+        taken[target] = path
+    return [(path, target) for target, path in taken.items()]
+
+
 def open_image(path, channels):
     """An image file as (1, C, H, W) in [-1, 1]; colour files become grey for a model of one channel."""
     pixels = torch.from_numpy(decode(path)).permute(2, 0, 1).unsqueeze(0).float()
@@ -75,20 +91,33 @@ def open_image(path, channels):
     return pixels / 127.5 - 1
 
 
+def reach(model):
+    """Pixels around a tile that it depends on, through encoder and decoder, in whole codes; at most a code too many."""
+    pixels, step = 0, 1  # what a value sees to each side; pixels from one value to the next
+    for layer in (*model.encoder.modules(), *model.decoder.modules()):
+        if isinstance(layer, nn.ConvTranspose2d):
+            pixels += -(-(layer.kernel_size[0] - 1 - layer.padding[0]) // layer.stride[0]) * step
+            step //= layer.stride[0]
+        elif isinstance(layer, nn.Conv2d):
+            pixels += max(layer.padding[0], layer.kernel_size[0] - layer.padding[0] - layer.stride[0]) * step
+            step *= layer.stride[0]
+    return -(-pixels // model.downsample) * model.downsample
+
+
 @torch.no_grad()
 def reconstruct(model, x, tile):
     """Reconstruction (1, C, H, W) of an image of any size: padded by its border to whole codes, tiled if large.
 
-    Tiles overlap by `MARGIN` on each side, so that the result is that of the image as a whole.
+    Tiles overlap by what the model sees on each side, so that the result is that of the image as a whole.
     """
-    unit, (height, width) = model.downsample, x.shape[2:]
+    unit, margin, (height, width) = model.downsample, reach(model), x.shape[2:]
     tile = max(unit, tile // unit * unit)
     padded = F.pad(x, (0, -width % unit, 0, -height % unit), mode="replicate")
     result = torch.empty_like(padded)
     for top in range(0, padded.shape[2], tile):
         for left in range(0, padded.shape[3], tile):
-            above, before = max(0, top - MARGIN), max(0, left - MARGIN)
-            part = padded[:, :, above:top + tile + MARGIN, before:left + tile + MARGIN]
+            above, before = max(0, top - margin), max(0, left - margin)
+            part = padded[:, :, above:top + tile + margin, before:left + tile + margin]
             made = model(part)[0][:, :, top - above:, left - before:]
             target = result[:, :, top:top + tile, left:left + tile]
             target.copy_(made[:, :, :target.shape[2], :target.shape[3]])

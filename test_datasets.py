@@ -121,8 +121,9 @@ def test_photos_come_from_disjoint_regions_and_are_always_the_same():
         load("photos", Source(image_size=(1000, 1000)), 64)
 
 
-def test_torchvision_sets_load_from_disk_and_no_download_refuses(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
+def mnist(folder):
+    """Write MNIST of 40 and 10 images as torchvision keeps it."""
+    raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix, count in (("train", 40), ("t10k", 10)):
         images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
@@ -131,6 +132,10 @@ def test_torchvision_sets_load_from_disk_and_no_download_refuses(tmp_path):
         (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
             (2049).to_bytes(4, "big") + count.to_bytes(4, "big") + labels.astype(np.uint8).tobytes())
+
+
+def test_torchvision_sets_load_from_disk_and_no_download_refuses(tmp_path):
+    mnist(tmp_path)
     data = load("mnist", Source(str(tmp_path), download=False), 8)
     assert (data.channels, data.size, len(data.classes)) == (1, (28, 28), 10)
     assert len(data.train.labels) == 36 and len(data.test.labels) == 10

@@ -10,7 +10,7 @@ import evaluate
 import metrics
 from conftest import call, write_images
 from modules import VectorQuantizedVAE
-from reconstruct import reconstruct
+from reconstruct import reach, reconstruct
 
 VQVAE = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",
          "--num-epochs", "1", "--device", "cpu", "--lr", "1e-3")
@@ -66,12 +66,40 @@ def test_short_names_tell_models_apart():
 # --- reconstruct.py
 
 @pytest.mark.parametrize("size", [(64, 64), (301, 150), (130, 333), (1, 1)])
-def test_tiles_give_what_the_whole_gives(size):
+@pytest.mark.parametrize("downsample", [4, 8, 16])
+def test_tiles_give_what_the_whole_gives(size, downsample):
     torch.manual_seed(0)
-    model, x = VectorQuantizedVAE(3, 8, 16).eval(), torch.rand(1, 3, *size) * 2 - 1
+    model, x = VectorQuantizedVAE(3, 8, 16, downsample=downsample).eval(), torch.rand(1, 3, *size) * 2 - 1
     whole, tiled = reconstruct(model, x, 1024), reconstruct(model, x, 50)
     assert whole.shape == x.shape
     torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("downsample", [4, 8, 16])
+def test_the_reach_is_what_a_pixel_depends_on(downsample):
+    torch.manual_seed(0)
+    model = VectorQuantizedVAE(1, 8, downsample=downsample).double().eval()
+    for layer in (*model.encoder.modules(), *model.decoder.modules()):  # so that nothing cancels or is cut off
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            layer.weight.data = layer.weight.data.abs() / layer.weight.data.abs().sum()
+    side, found = 16 * downsample * 2, 0
+    for pixel in range(side // 2, side // 2 + downsample):
+        x = torch.ones(1, 1, downsample, side, dtype=torch.double, requires_grad=True)
+        model.decoder(model.encoder(x))[..., pixel].sum().backward()
+        seen = x.grad.abs().sum((0, 1, 2)).nonzero().flatten()
+        found = max(found, pixel - int(seen[0]), int(seen[-1]) - pixel)
+    assert found <= reach(model) <= found + 2 * downsample
+
+
+def test_files_whose_names_meet_are_told_apart(folder):
+    photos = folder / "meet"
+    photos.mkdir()
+    for name in ("a.png", "a.bmp", "b.png"):
+        Image.new("RGB", (16, 16), (len(name), 99, 9)).save(photos / name)
+    code, out, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "meet")
+    assert code == 0, err
+    assert sorted(path.name for path in (folder / "reconstructions" / "meet").iterdir()) == [
+        "a.bmp.png", "a.png.png", "b.png"]
 
 
 def test_reconstructs_files_of_every_kind(folder):
