@@ -293,13 +293,13 @@ def _open_torchvision(dataset_class, source, mark, **options):
     name = dataset_class.__name__
     try:
         return dataset_class(source.folder, download=False, **options)
-    except RuntimeError as missing:
+    except Exception as error:
+        if not (isinstance(error, RuntimeError) and "not found" in str(error)):
+            raise ValueError(f"{Path(source.folder) / mark} is damaged ({_one_line(error)}): delete it, and {name} is "
+                             "downloaded anew") from error
         if not source.download:
             raise FileNotFoundError(f"{name} is not in {source.folder}, and --no-download forbids to fetch it"
-                                    ) from missing
-    except Exception as error:
-        raise ValueError(f"{Path(source.folder) / mark} is damaged ({_one_line(error)}): delete it, and {name} is "
-                         "downloaded anew") from error
+                                    ) from error
     try:
         return dataset_class(source.folder, download=True, **options)
     except Exception as error:

@@ -94,7 +94,7 @@ def _listed_files(path):
                 raise ValueError(f"{path} row {reader.line_num} has a cell missing or too many: write filename,label")
             rows.append((f"{path} row {reader.line_num}", row["filename"], row["label"]))
     except csv.Error as error:
-        raise ValueError(f"{path} row {reader.line_num} cannot be read ({error}): write filename,label") from error
+        raise ValueError(f"{path} row {reader.line_num + 1} cannot be read ({error}): write filename,label") from error
     if not rows:
         raise ValueError(f"{path} lists no images")
     return rows
