@@ -149,9 +149,8 @@ class Data:
     def __str__(self):
         """One line of what was found."""
         images = ", ".join(f"{len(getattr(self, split).labels)} {split}" for split in SPLITS)
-        classes = f"{len(self.classes)} classes" if self.classes else "no classes"
-        return (f"data: {self.name}, {images} images of {self.size[0]}x{self.size[1]}, {self.channels} "
-                f"channel{'s' * (self.channels > 1)}, {classes}" + ", streamed from disk" * self.train.streams)
+        return (f"data: {self.name}, images: {images}, size: {self.size[0]}x{self.size[1]}, channels: {self.channels}, "
+                f"classes: {len(self.classes) or 'none'}" + ", streamed from disk" * self.train.streams)
 
 
 def fingerprint(name, source):

@@ -1,5 +1,6 @@
 """Splits, orders, decoding, and what is said of bad input."""
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -177,3 +178,138 @@ def test_boxing_names_the_package_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ale_py", None)
     with pytest.raises(ValueError, match="pip install ale-py"):
         load("boxing", Source(str(tmp_path)), 4)
+
+
+# --- what a folder holds
+
+def test_the_data_set_is_what_the_folder_holds(tmp_path):
+    mnist(tmp_path / "a")
+    miniimagenet(tmp_path / "b")
+    pictures(tmp_path / "c" / "cat", 4)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "boxing-84.npz").touch()
+    (tmp_path / "e" / "cifar-10-batches-py").mkdir(parents=True)
+    (tmp_path / "f" / "FashionMNIST" / "raw").mkdir(parents=True)
+    names = [datasets.detect(tmp_path / name) for name in "abcdef"]
+    assert names == ["mnist", "miniimagenet", "folder", "boxing", "cifar10", "fashion-mnist"]
+    pictures(tmp_path / "b" / "Train", 4)
+    with pytest.raises(ValueError, match="holds miniimagenet and folder: say which with --dataset"):
+        datasets.detect(tmp_path / "b")
+
+
+@pytest.mark.parametrize("names", [("train", "valid", "test"), ("Train", "Val", "Test"), ("training", "val", "testing"),
+                                   ("TRAIN", "Validation", "TEST")])
+def test_splits_are_folders_of_any_case(tmp_path, names):
+    for i, (name, count) in enumerate(zip(names, (12, 3, 4))):
+        pictures(tmp_path / name / "cat", count, seed=i)
+    data = open_folder(tmp_path)
+    assert [len(split.labels) for split in (data.train, data.valid, data.test)] == [12, 3, 4]
+    assert data.classes == ["cat"]
+    assert str(data) == "data: folder, images: 12 train, 3 valid, 4 test, size: 8x8, channels: 3, classes: 1"
+
+
+def test_links_bring_no_image_in_twice_nor_from_another_split(tmp_path):
+    for i, (name, count) in enumerate((("train/cat", 12), ("test/cat", 4), ("elsewhere", 3))):
+        pictures(tmp_path / "data" / name, count, seed=i)
+    train = tmp_path / "data" / "train"
+    alone = rows(open_folder(tmp_path / "data").train) | rows(open_folder(tmp_path / "data").valid)
+    for name, target in (("up", ".."), ("beside", "../test"), ("within", "../test/cat"), ("again", "cat"),
+                         ("gone", "nowhere"), ("self", "self")):
+        (train / name).symlink_to(target, target_is_directory=True)
+    data = open_folder(tmp_path / "data")
+    assert len(data.train.labels) + len(data.valid.labels) == 12 and len(data.test.labels) == 4
+    assert rows(data.train) | rows(data.valid) == alone and not rows(data.train) & rows(data.test)
+    (train / "dog").symlink_to("../elsewhere", target_is_directory=True)  # a class that lies elsewhere
+    assert open_folder(tmp_path / "data").classes == ["cat", "dog"]
+
+
+def test_what_is_no_regular_file_is_left_out_and_said(tmp_path, capsys):
+    pictures(tmp_path, 30)
+    (tmp_path / "link.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.png")
+    data = open_folder(tmp_path)
+    assert len(data.train.labels) == 24
+    assert "left out 2 that are no regular files" in capsys.readouterr().out
+    datasets.fingerprint("folder", Source(str(tmp_path)))  # nor does it wait for the pipe
+
+
+def test_a_fingerprint_follows_the_files_and_stops_at_loops(tmp_path):
+    paths = pictures(tmp_path / "a", 3)
+    source = Source(str(tmp_path))
+    before = datasets.fingerprint("folder", source)
+    (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    assert datasets.fingerprint("folder", source) == before
+    os.utime(paths[0], (1, 1))
+    assert datasets.fingerprint("folder", source) != before
+
+
+def test_a_model_of_three_channels_takes_grey_images(tmp_path):
+    pictures(tmp_path / "grey", 12, mode="L")
+    pictures(tmp_path / "colour", 12)
+    grey, forced = (load("folder", Source(str(tmp_path / "grey"), channels=channels), 4) for channels in (None, 3))
+    assert (grey.channels, forced.channels) == (1, 3)
+    assert torch.equal(forced.train.images, grey.train.images.expand(-1, -1, -1, 3))
+    with pytest.raises(ValueError, match="colour"):
+        load("folder", Source(str(tmp_path / "colour"), channels=1), 4)
+    mnist(tmp_path)
+    with pytest.raises(ValueError, match="has 1 channels, the model 3"):
+        load("mnist", Source(str(tmp_path), channels=3), 4)
+
+
+def test_a_checkpoint_of_an_unknown_data_set_and_of_one_without_folder():
+    facts = {"args": {"data_folder": "data", "skip_broken": False},
+             "data": {"name": "photos", "size": [8, 8], "channels": 3}}
+    with pytest.raises(ValueError, match="reads no folder"):
+        Source.of(facts, "images")
+    with pytest.raises(ValueError, match="'sunsets' is not known"):
+        load("sunsets", Source.of(facts), 4)
+
+
+def test_lists_with_a_byte_order_mark(tmp_path):
+    miniimagenet(tmp_path)
+    path = tmp_path / "train.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"dog", "Hündin".encode()))
+    assert "Hündin" in load("miniimagenet", Source(str(tmp_path), (16, 16)), 4).classes
+
+
+def test_what_torchvision_says_is_folded_into_one_line(tmp_path, monkeypatch):
+    from torchvision import datasets as tv
+
+    class Offline(tv.CIFAR10):
+        def download(self):
+            raise RuntimeError("Error downloading x.tar.gz:\nTried https://a, got:\n<urlopen error>\n)")
+    monkeypatch.setattr(tv, "CIFAR10", Offline)
+    with pytest.raises(OSError, match="cannot be downloaded") as caught:
+        load("cifar10", Source(str(tmp_path)), 4)
+    assert "\n" not in str(caught.value) and "Tried https://a, got: <urlopen error>" in str(caught.value)
+
+
+# --- random crops
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_random_crops_are_parts_of_the_larger_image_and_differ_by_epoch(tmp_path, monkeypatch, stream):
+    pictures(tmp_path, 30, (24, 24))
+    if stream:
+        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    source = Source(str(tmp_path), (16, 16), crop_scale=1.5)
+    data, whole = load("folder", source, 24), load("folder", Source(str(tmp_path)), 24)
+    plain = load("folder", Source(str(tmp_path), (16, 16)), 24)
+    assert data.size == (16, 16)
+    assert rows(data.valid) == rows(plain.valid) and rows(data.test) == rows(plain.test)  # these never change
+    seen = set()
+    for epoch in range(20):
+        (x, _), (full, _) = next(data.train.epoch(epoch)), next(whole.train.epoch(epoch))
+        assert torch.equal(x, next(data.train.epoch(epoch))[0])  # the same again
+        places = [[(top, left) for top in range(9) for left in range(9)
+                   if torch.equal(full[i, :, top:top + 16, left:left + 16], x[i])] for i in range(24)]
+        assert all(len(place) == 1 for place in places)
+        seen |= {place[0] for place in places}
+    assert len(seen) == 81  # every place
+    assert torch.equal(data.train.examples(3), whole.train.examples(3)[:, :, 4:20, 4:20])
+
+
+def test_photos_are_cropped_without_being_enlarged():
+    data, plain = (load("photos", Source(image_size=(32, 32), crop_scale=scale), 64) for scale in (1.5, 1.))
+    assert data.train.images.shape[1:3] == (48, 48) and data.size == (32, 32)
+    assert torch.equal(data.test.images, plain.test.images) and torch.equal(data.valid.images, plain.valid.images)
+    assert next(iter(data.train))[0].shape[2:] == (32, 32)

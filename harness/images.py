@@ -38,9 +38,9 @@ def find_files(*folders):
             continue
         seen.add(_identity(folder))
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.is_dir():
+            if os.path.isdir(entry.path):
                 (linked if entry.is_symlink() else real).append((number, entry.path))
-            elif entry.is_file() and not entry.name.startswith("."):
+            elif os.path.isfile(entry.path) and not entry.name.startswith("."):
                 found[number].append(Path(entry.path))
             elif _is_image(entry.name):
                 odd.append(entry.path)

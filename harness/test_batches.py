@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 import datasets
+from datasets import Source, load
 from harness.batches import Batches
-from harness.images import ImageFiles, decode
+from harness.images import ImageFiles, decode, probe
 from test_datasets import open_folder, pictures
 
 
@@ -97,3 +98,46 @@ def test_every_kind_of_file_decodes_to_eight_bits(tmp_path):
     for mode, suffix in (("RGBA", ".png"), ("CMYK", ".jpg"), ("LA", ".png"), ("P", ".gif")):
         Image.new(mode, (8, 4)).save(tmp_path / f"image{suffix}")
         assert decode(tmp_path / f"image{suffix}").shape == (4, 8, 3)
+
+
+@pytest.mark.parametrize("value, expected", [(0., 0), (0.5, 128), (1., 255)])
+def test_floats_in_the_unit_interval_are_scaled(tmp_path, value, expected):
+    pixels = np.zeros((8, 8), np.float32)
+    pixels[0] = value
+    Image.fromarray(pixels).save(tmp_path / "float.tif")
+    assert probe(tmp_path / "float.tif") == ((8, 8), True)
+    assert (decode(tmp_path / "float.tif", channels=1)[0] == expected).all()
+    assert (decode(tmp_path / "float.tif")[0] == expected).all() and not decode(tmp_path / "float.tif")[1:].any()
+
+
+def test_the_header_tells_the_size_as_turned_by_exif(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert probe(tmp_path / "turned.jpg") == ((8, 4), False) and decode(tmp_path / "turned.jpg").shape == (8, 4, 3)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(4, 8, 8, 3), torch.zeros(4, 8, 8, dtype=torch.uint8)])
+def test_images_in_memory_are_bytes_so_that_their_range_is_certain(images):
+    with pytest.raises(ValueError, match="uint8"):
+        Batches(images, torch.zeros(4), 2)
+
+
+def test_fewer_images_than_processes_are_an_error():
+    batches = Batches(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2), 2)
+    with pytest.raises(ValueError, match="2 valid images are fewer than the 3 processes"):
+        batches.shard(0, 3, "valid")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_crops_and_flips_are_the_same_streamed_shared_and_resumed(tmp_path, monkeypatch, world):
+    pictures(tmp_path, 30, (20, 24))
+    source = Source(str(tmp_path), (8, 12), crop_scale=1.5)
+    alone = [x for x, _ in load("folder", source, 4 * world, flip=True).train.epoch(3)]
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    shares = []
+    for rank in range(world):
+        train = load("folder", source, 4, flip=True, workers=1).train
+        train.shard(rank, world)
+        shares.append([x for x, _ in train.epoch(3, start=2)])
+    assert all(torch.equal(torch.cat(parts), x) for parts, x in zip(zip(*shares, strict=True), alone[2:], strict=True))
