@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/ready
 
-.PHONY: help train test lint
+.PHONY: help train test soak lint
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -15,6 +15,9 @@ train: $(READY)  ## train on photographs that ship with a dependency (set up on 
 
 test: $(READY)  ## run every test
 	$(BIN)/python -m pytest
+
+soak: $(READY)  ## kill each training script 50 times at random moments, and resume it
+	SOAK_KILLS=50 $(BIN)/python -m pytest test_soak.py
 
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .

@@ -100,7 +100,8 @@ class Run:
             before = {renamed.get(name, name): value for name, value in resumed["args"].items()}
             for name in sorted(set(before) | set(args)):
                 old, new = before.get(name), _plain(args.get(name))
-                if name not in may_change and old != new and not (moved and name == "batch_size"):
+                young = name not in before and not new  # a flag that the run was older than, and that is off
+                if name not in may_change and old != new and not young and not (moved and name == "batch_size"):
                     raise ValueError(f"{self.models} was trained with {name} {old}, now it is {new}: "
                                      "--resume needs the same flags")
             self.epoch, self.batch, self.step = (counters[name] for name in ("epoch", "batch", "step"))

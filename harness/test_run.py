@@ -1,10 +1,15 @@
 """A run's folder, curves and checkpoints where something goes wrong, through the training script."""
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conftest import HERE, call, start, stop_after, write_images
 from harness import checkpoint, cli
-from harness.run import lock
+from harness.run import Run, lock
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size", "8",
          "--log-every", "2", "--device", "cpu", "--precision", "fp32", "--seed", "1"]
@@ -154,7 +159,102 @@ def test_curves_in_a_folder_that_cannot_be_made(folder):
     fails(run(folder), "cannot write the curves in logs/vqvae")
 
 
+# --- the schedule
+
+def rates(*progress, **flags):
+    """Learning rates as shares of --lr at (epoch, batch) of epochs of 10 batches."""
+    usual = {"lr": 2., "lr_schedule": "cosine", "warmup_steps": 0, "num_epochs": 4, "minutes": None}
+    args = SimpleNamespace(**usual | flags)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.)
+    found = []
+    for epoch, batch in progress:
+        run = SimpleNamespace(args=args, epoch=epoch, batch=batch, step=7919, _time_share=lambda epoch=epoch: epoch / 4)
+        Run.schedule_lr(run, optimizer, range(10))
+        found.append(optimizer.param_groups[0]["lr"] / 2)
+    return found
+
+
+def cosine(share):
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def test_the_learning_rate_at_every_kind_of_step():
+    assert rates((0, 0), (3, 9), lr_schedule="constant") == [1, 1]
+    assert rates((0, 0), (2, 0), (3, 9)) == pytest.approx([1, cosine(1 / 2), cosine(39 / 40)])
+    warm = [1 / 5, 4 / 5, 1, cosine(16 / 36), cosine(35 / 36)]
+    assert rates((0, 0), (0, 3), (0, 4), (2, 0), (3, 9), warmup_steps=4) == pytest.approx(warm)
+    assert rates((0, 0), (0, 3), (0, 4), (2, 0), (3, 9), warmup_steps=0.1) == pytest.approx(warm)
+    assert rates((0, 3), (2, 0), lr_schedule="constant", warmup_steps=4) == pytest.approx([4 / 5, 1])
+    assert rates((0, 0), (2, 3), minutes=1) == pytest.approx([1, cosine(1 / 2)])
+    assert rates((1, 0), (2, 0), minutes=1, warmup_steps=0.5) == pytest.approx([1 / 2, 1])
+
+
+def test_the_schedule_is_what_is_trained_with(folder):
+    assert run(folder, "--num-epochs", "2", "--lr", "0.5", "--lr-schedule", "cosine", "--warmup-steps", "3",
+               "--log-every", "1")[0] == 0
+    assert [value for _, value in curves(folder)["lr"]] == pytest.approx(
+        [0.5 * rate for rate in [1 / 4, 2 / 4, 3 / 4, *(cosine(step / 5) for step in range(5))]])
+
+
+def test_the_monitor_decides_which_epoch_is_kept(folder):
+    for name, best in (("psnr", max), ("mse", min), ("loss", min)):
+        assert run(folder, "--num-epochs", "5", "--lr", "0.03", "--monitor", name, "--output-folder", name)[0] == 0
+        values = [value for _, value in curves(folder, name)["valid/" + name]]
+        kept = checkpoint.load(folder / "models" / name, "vqvae")
+        assert kept["counters"]["epoch"] == values.index(best(values)) and kept["best"] == pytest.approx(best(values))
+
+
+def test_compile_compiles_the_two_networks(folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+    assert run(folder, "--num-epochs", "1", "--compile")[0] == 0 and len(compiled) == 2
+
+
+# --- folders that cannot be written, and Ctrl-C
+
+def test_a_folder_that_cannot_be_written_is_one_line():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_images(folder, 40)
+        (folder / "models").mkdir()
+        for path in (folder, folder / "images", folder / "models"):
+            path.chmod(0o555)
+        nobody = {"user": 65534} if os.geteuid() == 0 else {}
+        try:
+            done = subprocess.run([sys.executable, "-B", str(HERE / "vqvae.py"), *SMALL], cwd=folder, text=True,
+                                  capture_output=True, **nobody)
+        except PermissionError:
+            pytest.skip("another user cannot run this Python")
+        for path in (folder, folder / "images", folder / "models"):
+            path.chmod(0o755)
+    fails((done.returncode, done.stdout, done.stderr), "models/vqvae", "Permission denied")
+
+
+def test_ctrl_c_before_training_is_silent(capsys):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == 130 and capsys.readouterr().err == ""
+
+
 # --- checkpoints
+
+def test_runs_from_before_the_quantizers_had_names_go_on(folder):
+    for name, files in (("old", ("old_vqvae_last.pt", "old_vqvae_best.pt")), ("old-prior", ("old_prior.pt",) * 2)):
+        (folder / "models" / name).mkdir(parents=True)
+        for file, target in zip(files, ("last.pt", "best.pt")):
+            shutil.copy(HERE / "test_fixtures" / file, folder / "models" / name / target)
+    flags = ("--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--data-folder", "images", "--resume")
+    assert call(folder, "evaluate.py", "--model", "models/old", "--no-features")[0] == 0
+    prior = ("--model", "models/old", "--output-folder", "old-prior", "--hidden-size-prior", "4", "--num-layers", "2")
+    assert call(folder, "pixelcnn_prior.py", *prior, "--sample", "4")[0] == 0
+    code, out, err = call(folder, "pixelcnn_prior.py", *prior, *flags, "--num-epochs", "2")
+    assert code == 0 and "resuming" in out, err
+    code, out, err = call(folder, "vqvae.py", *flags, "--dataset", "folder", "--hidden-size", "4", "--k", "8",
+                          "--num-epochs", "3", "--output-folder", "old")
+    assert code == 0 and "resuming" in out, err
+
 
 @pytest.fixture
 def trained(folder):
