@@ -1,4 +1,5 @@
 """Reconstruct image files of any size with a trained VQ-VAE: originals beside their reconstructions."""
+import math
 from pathlib import Path
 
 import torch
@@ -42,11 +43,17 @@ def main():
         x = metrics.as_8bit(image)
         target.parent.mkdir(parents=True, exist_ok=True)
         report.save_picture(target, [torch.cat([x, x_tilde])], least_side=1)
-        rows.append([str(target), f"{x.shape[2]}x{x.shape[3]}", *(
-            float(metric(x_tilde, x)) for metric in (metrics.psnr, metrics.ssim, metrics.gradient_ratio))])
+        rows.append([str(target), f"{x.shape[2]}x{x.shape[3]}", *figures(x_tilde, x)])
     print(report.markdown_table(["original | reconstruction", "size", "psnr", "ssim", "gradient_ratio"], rows))
     if skipped:
         print(f"skipped {skipped} broken images of {len(sources)}")
+
+
+def figures(x_tilde, x):
+    """PSNR, SSIM and gradient ratio of one image; the latter two are nan where a side of one pixel has no structure."""
+    structural = [float(metric(x_tilde, x)) if min(x.shape[2:]) > 1 else math.nan
+                  for metric in (metrics.ssim, metrics.gradient_ratio)]
+    return [float(metrics.psnr(x_tilde, x)), *structural]
 
 
 def list_sources(paths):

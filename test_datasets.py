@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 import datasets
+from conftest import call, write_images
 from datasets import Source, load
+from harness import checkpoint
 
 
 def pictures(folder, count, size=(8, 8), mode="RGB", seed=0, suffix=".png"):
@@ -313,3 +315,31 @@ def test_photos_are_cropped_without_being_enlarged():
     assert data.train.images.shape[1:3] == (48, 48) and data.size == (32, 32)
     assert torch.equal(data.test.images, plain.test.images) and torch.equal(data.valid.images, plain.valid.images)
     assert next(iter(data.train))[0].shape[2:] == (32, 32)
+
+
+# --- the command line
+
+def test_a_data_set_detected_and_one_named_are_the_same_run(tmp_path):
+    write_images(tmp_path, 24)
+    flags = ("--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size", "8", "--device", "cpu",
+             "--image-size", "16", "--random-crop", "1.25", "--flip", "--precision", "fp32", "--output-folder")
+    code, out, err = call(tmp_path, "vqvae.py", *flags, "a", "--num-epochs", "1")
+    assert code == 0 and "data: folder, images: 20 train, 2 valid, 2 test, size: 16x16" in out, err
+    code, out, err = call(tmp_path, "vqvae.py", *flags, "a", "--num-epochs", "2", "--dataset", "folder", "--resume")
+    assert code == 0 and "resuming" in out, err
+    code, _, err = call(tmp_path, "vqvae.py", *flags, "b", "--num-epochs", "2")
+    assert code == 0, err
+    resumed, whole = (checkpoint.load(tmp_path / "models" / name / "last.pt", "vqvae") for name in "ab")
+    assert whole["args"]["dataset"] == "folder"
+    assert all(torch.equal(value, whole["model"][name]) for name, value in resumed["model"].items())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40)])
+def test_images_smaller_than_a_code_are_reconstructed(tmp_path, size):
+    write_images(tmp_path, 24)
+    flags = ("--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size", "8", "--device", "cpu")
+    code, _, err = call(tmp_path, "vqvae.py", *flags, "--num-epochs", "1")
+    assert code == 0, err
+    Image.new("RGB", size, (200, 30, 9)).save(tmp_path / "small.png")
+    code, out, err = call(tmp_path, "reconstruct.py", "--model", "models/vqvae/best.pt", "small.png", "--device", "cpu")
+    assert code == 0 and f"{size[1]}x{size[0]}" in out, err
