@@ -47,6 +47,16 @@ def curve(folder, name, tag):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+def kill_one(process, line_start):
+    """Kill one of torchrun's processes once a line of output starts so; what was written to stderr."""
+    for line in process.stdout:
+        if line.startswith(line_start):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    os.kill(max(map(int, children.split())), signal.SIGKILL)
+    return process.communicate(timeout=60)[1]
+
+
 # --- within two processes
 
 def _in_process(rank, port, check):
@@ -170,11 +180,22 @@ def test_vqgan_and_prior_train_in_two_processes(folder):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 def test_a_killed_process_ends_the_run_and_leaves_the_last_checkpoint(folder):
     process = torchrun(folder, "vqvae.py", *SMALL, "--num-epochs", "5000", "--batch-size", "8")
-    for line in process.stdout:
-        if line.startswith("epoch 2/"):
-            break
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    os.kill(max(map(int, children.split())), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    err = kill_one(process, "epoch 2/")
     assert process.returncode and "lost the others" in err and "--resume" in err
     assert checkpoint.load(folder / "models" / "vqvae" / "last.pt", "vqvae")["counters"]["epoch"] >= 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+def test_restarts_of_a_killed_and_resumed_run_are_those_of_one_that_was_not(folder):
+    flags = (*SMALL, "--batch-size", "8", "--codebook-decay", "0.5", "--restart-below", "0.5")
+    finish(torchrun(folder, "vqvae.py", *flags, "--num-epochs", "9", "--output-folder", "whole"))
+    kill_one(torchrun(folder, "vqvae.py", *flags, "--num-epochs", "9", "--output-folder", "cut"), "epoch 2/")
+    before = checkpoint.load(folder / "models" / "cut" / "last.pt", "vqvae")["counters"]
+    assert 1 <= before["epoch"] < 9 and before["batch"] == 0
+    finish(torchrun(folder, "vqvae.py", *flags, "--num-epochs", "9", "--output-folder", "cut", "--resume"))
+    whole, cut = (checkpoint.load(folder / "models" / name / "last.pt", "vqvae") for name in ("whole", "cut"))
+    assert whole["counters"]["step"] == cut["counters"]["step"] == 27 and whole["best"] == cut["best"]
+    for part in ("model", "random"):
+        assert all(torch.equal(cut[part][key], value) for key, value in whole[part].items() if torch.is_tensor(value))
+    for key, values in whole["optimizer"]["state"].items():
+        assert all(torch.equal(cut["optimizer"]["state"][key][name], value) for name, value in values.items())
