@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import datasets
@@ -296,7 +297,86 @@ TRAINED = [
     ("reconstruct: no pixels a tile", nothing, (*RECONSTRUCT, "images/7.png", "--tile", "0"), "--tile"),
 ]
 
-CASES = FOLDERS + FILES + LISTS + DATA_FLAGS + TRAINED
+def best(content=None, **entries):
+    """models/a/best.pt holds other bytes, or other entries, None for none."""
+    def spoil(folder):
+        path = folder / "models" / "a" / "best.pt"
+        if content is not None:
+            path.write_bytes(content)
+        else:
+            kept = torch.load(path, weights_only=True) | entries
+            torch.save({name: value for name, value in kept.items() if value is not None}, path)
+    return spoil
+
+
+def half(folder):
+    path = folder / "models" / "a" / "best.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def a_file_for_models(folder):
+    shutil.rmtree(folder / "models")
+    (folder / "models").write_text("no folder")
+
+
+COMPARE = ("compare.py", "--losses")
+AGREE = ("class_agreement.py", "--model", "models/a", "--prior")
+
+CHECKPOINTS = [
+    ("model: nothing there", nothing, (*EVALUATE, "models/b/best.pt"), "no checkpoint at models/b/best.pt"),
+    ("model: a folder of something else", nothing, (*EVALUATE, "images"), "no checkpoint at images/best.pt"),
+    ("model: an image", nothing, (*EVALUATE, "images/7.png"), "images/7.png is damaged or is no checkpoint"),
+    ("model: empty", best(b""), (*EVALUATE, "models/a"), "models/a/best.pt is damaged"),
+    ("model: cut", half, (*EVALUATE, "models/a"), "models/a/best.pt is damaged"),
+    ("model: of another kind", best(kind="prior"), (*EVALUATE, "models/a"), "a checkpoint of a prior, not of a vqvae"),
+    ("model: of no kind", best(kind=None), (*EVALUATE, "models/a"), "a checkpoint of something else"),
+    ("model: of the future", best(format=2), (*EVALUATE, "models/a"), "models/a/best.pt has format 2"),
+    ("model: no weights", best(model=None), (*EVALUATE, "models/a"), "models/a/best.pt does not hold all"),
+    ("model: other weights", best(model={}), (*EVALUATE, "models/a"), "models/a/best.pt does not hold all"),
+    ("models of two data sets", nothing, (*EVALUATE, "models/a", "models/grey"), "evaluate them apart"),
+    ("prior: no model", nothing, (*PRIOR[:-1], "models/b"), "no checkpoint at models/b"),
+    ("prior: contradicted", nothing, (*PRIOR, "--hidden-size-vae", "9"), "--hidden-size-vae 9 contradicts"),
+    ("prior: no classes", nothing, (*PRIOR, "--label", "1"), "--label 1 is out of range"),
+    ("prior: no prior to sample from", nothing, (*PRIOR, "--sample", "1"), "no checkpoint at models/prior/best.pt"),
+    ("prior: over its model", nothing, (*PRIOR, "--output-folder", "a", "--overwrite"), "which this run reads"),
+    ("agreement: no classes", nothing, (*AGREE, "models/a"), "not of a prior"),
+    ("codes of nowhere", nothing, (*IMAGES, "--frozen-codebook", "models/b"), "no checkpoint at models/b"),
+    ("codes of another width", nothing, (*IMAGES, "--hidden-size", "4", "--frozen-codebook", "models/a"), "dim 8"),
+    ("codes from its own folder", nothing, (*IMAGES, "--frozen-codebook", "models/a", "--output-folder", "a",
+                                            "--overwrite"), "which this run reads"),
+]
+
+RUN_FLAGS = [
+    ("taken", nothing, (*IMAGES, "--output-folder", "a"), "models/a already holds a run"),
+    ("taken, by its path", nothing, (*IMAGES, "--output-folder", "models/a/"), "models/a already holds a run"),
+    ("resumed otherwise", nothing, (*IMAGES, "--output-folder", "a", "--resume", "--beta", "7"), "now it is 7"),
+    ("models is a file", a_file_for_models, IMAGES, "models"),
+    ("absolute output", nothing, (*IMAGES, "--output-folder", "/tmp/x"), "--output-folder"),
+    ("output upwards", nothing, (*IMAGES, "--output-folder", "../x"), "--output-folder"),
+    ("negative weight", nothing, (*IMAGES, "--ssim-weight", "-1"), "--ssim-weight"),
+    ("no number for a weight", nothing, (*IMAGES, "--ssim-weight", "nan"), "--ssim-weight"),
+    ("no weight", nothing, (*IMAGES, "--mse-weight", "0"), "all loss weights are zero"),
+    ("nothing to sharpen", nothing, (*IMAGES, "--sharpen", "0.3"), "--sharpen"),
+    ("colour of grey", nothing, (*vqvae(data="grey"), "--chroma-weight", "1"), "chroma"),
+    ("too small for a term", nothing, (*IMAGES, "--image-size", "8", "--ssim-weight", "1"), "at least 11"),
+    ("no codes", nothing, (*IMAGES, "--k", "0"), "--k"),
+    ("half an epoch", nothing, (*IMAGES, "--num-epochs", "0.5"), "--num-epochs"),
+    ("endless rate", nothing, (*IMAGES, "--lr", "inf"), "--lr"),
+    ("negative seed", nothing, (*IMAGES, "--seed", "-1"), "--seed"),
+    ("huge seed", nothing, (*IMAGES, "--seed", str(2 ** 64)), "--seed"),
+    ("no device", nothing, (*IMAGES, "--device", "warp"), "--device warp"),
+    ("a device without numbers", nothing, (*IMAGES, "--device", "meta"), "--device meta"),
+    ("unknown quantizer", nothing, (*IMAGES, "--quantizer", "magic"), "--quantizer"),
+    ("unknown recipe", nothing, (*IMAGES, "--recipe", "soup"), "--recipe"),
+    ("unknown flag", nothing, (*IMAGES, "--sim-weight", "1"), "--sim-weight"),
+    ("discriminator too deep", nothing, ("vqgan.py", *IMAGES[1:], "--disc-layers", "5"), "--disc-layers"),
+    ("compare: no such term", nothing, (*COMPARE, "sim"), "no loss term 'sim'"),
+    ("compare: no weight", nothing, (*COMPARE, "ssim=x"), "the weight of ssim"),
+    ("compare: what it sets itself", nothing, (*COMPARE, "ssim", "--seed", "3"), "--seed is set by this script"),
+    ("benchmark: no such subject", nothing, ("benchmark.py", "juggling"), "no such subject: juggling"),
+]
+
+CASES = FOLDERS + FILES + LISTS + DATA_FLAGS + TRAINED + CHECKPOINTS + RUN_FLAGS
 
 
 @pytest.mark.parametrize("spoil, command, culprit", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
