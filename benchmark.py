@@ -5,7 +5,6 @@ To add a subject: write a function that returns {label: callable} with the refer
 """
 import ctypes
 import importlib
-import io
 import os
 import re
 import statistics
@@ -17,17 +16,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import benchmark_steps as steps
+from benchmark_steps import BATCH, CODES, HIDDEN, SIDE
 from datasets import Source, load
 from functions import cross_entropy, vq
 from harness import checkpoint, cli, report
 from harness.batches import Batches
-from losses import TERMS, ReconstructionLoss
+from losses import TERMS
 from modules import GatedPixelCNN, VectorQuantizedVAE, draw
 
-HIDDEN, CODES, BATCH, SIDE = 256, 512, 128, 32  # the default model on CIFAR-sized images
-RECOMMENDED, SHARPEN = {"psnr": 1., "root-ssim": 0.4, "chroma": 1.}, 0.3
-RECOMMENDED_FLAGS = " ".join(f"--{name}-weight {weight:g}" for name, weight in ({"mse": 0.} | RECOMMENDED).items()
-                             ) + f" --sharpen {SHARPEN:g}"
 FILES, FILE_SIDE = 2048, 96  # of the image folder
 
 
@@ -78,74 +75,7 @@ def peer(package):
         print(f"left out: {package} (pip install {package})")
 
 
-# --- one step of training, images included
-
-def _plain_step(files):
-    """The ancestor's way: PIL decoding of every image, float32, channels first, all N x K distances."""
-    import torchvision.transforms as T
-    transform = T.Compose([T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)])
-    model = VectorQuantizedVAE(3, HIDDEN, CODES).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
-
-    def step():
-        x = torch.stack([transform(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
-        z_e = model.encoder(x)
-        vectors, (codes,) = z_e.permute(0, 2, 3, 1).contiguous(), model.codebook.parameters()
-        flat = vectors.detach().view(-1, HIDDEN)
-        distances = torch.addmm((codes ** 2).sum(1) + (flat ** 2).sum(1, keepdim=True), flat, codes.t(), alpha=-2.)
-        z_q = codes.index_select(0, distances.argmin(1)).view_as(vectors).permute(0, 3, 1, 2).contiguous()
-        x_tilde = model.decoder(z_e + (z_q - z_e).detach())
-        loss = F.mse_loss(x_tilde, x) + F.mse_loss(z_q, z_e.detach()) + F.mse_loss(z_e, z_q.detach())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return step
-
-
-def _our_step(batches, weights, sharpen=0., compiled=False):
-    """The step of vqvae.py with its default flags."""
-    device = batches.device
-    autocast, criterion = cli.autocast(device, "auto"), ReconstructionLoss(weights, sharpen=sharpen)
-    model = VectorQuantizedVAE(3, HIDDEN, CODES, quantizer="ema", data_init=True, restart_below=0.02)
-    model = model.to(device, memory_format=torch.channels_last).train()
-    if compiled:
-        model.compile_networks()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True)
-
-    def step():
-        x, _ = next(iter(batches))
-        with autocast():
-            x_tilde, z_e, z_q = model(x)
-        loss = criterion(x_tilde, x)[0] + F.mse_loss(z_q, z_e.detach().float()) + F.mse_loss(z_e.float(), z_q.detach())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return step
-
-
-def _photos(device):
-    return load("photos", Source(image_size=(SIDE, SIDE)), BATCH, device, flip=True).train
-
-
-def training_step(device):
-    """Forward, backward and update of the default model on a batch, loading of the images included."""
-    batches, files = _photos(device), []
-    for image in batches.images[:BATCH].cpu():
-        buffer = io.BytesIO()
-        Image.fromarray(image.numpy()).save(buffer, "JPEG")
-        files.append(buffer.getvalue())
-    return {"plain float32 loop, PIL decoding": _plain_step(files),
-            "vqvae.py": _our_step(batches, {"mse": 1.}),
-            "vqvae.py --ssim-weight 0.5": _our_step(batches, {"mse": 1., "ssim": 0.5}),
-            f"vqvae.py {RECOMMENDED_FLAGS}": _our_step(batches, RECOMMENDED, SHARPEN)}
-
-
-def compiled_step(device):
-    """The same with --compile, which needs a C++ compiler."""
-    batches = _photos(device)
-    return {"vqvae.py": _our_step(batches, {"mse": 1.}),
-            "vqvae.py --compile": _our_step(batches, {"mse": 1.}, compiled=True)}
-
+# --- value and gradient of the loss terms
 
 def _pair(count, side, device):
     x = load("photos", Source(image_size=(side, side)), count, device).train.examples(count)
@@ -159,7 +89,7 @@ def _differentiate(term, x_tilde, x):
 def loss_terms(device):
     """Value and gradient of each term, beside a whole step of the default model."""
     pair = _pair(BATCH, SIDE, device)
-    return {"vqvae.py step": _our_step(_photos(device), {"mse": 1.})} | {
+    return {"vqvae.py step": steps.our_step(steps.photos(device))} | {
         name: _differentiate(term, *pair) for name, term in TERMS.items()}
 
 
@@ -250,17 +180,6 @@ def growth_images(device):
     return callables
 
 
-def growth_sides(device):
-    """A step of training at the same number of pixels a batch, per pixel."""
-    callables = {}
-    for side in (32, 64, 128, 256):
-        count = BATCH * SIDE ** 2 // side ** 2
-        images = torch.randint(256, (count, side, side, 3), dtype=torch.uint8)
-        batches = Batches(images, torch.zeros(count, dtype=torch.int64), count, device)
-        callables[f"{count} images of {side}x{side}"] = _our_step(batches, RECOMMENDED, SHARPEN)
-    return callables
-
-
 # --- the prior
 
 def _plain_logits(model, latents, label):
@@ -283,7 +202,7 @@ def _plain_logits(model, latents, label):
 def prior_step(device):
     """Update of the default prior on a batch of 8x8 latents: an epoch is as many of them."""
     codes, label = torch.randint(CODES, (BATCH, 8, 8), device=device), torch.randint(10, (BATCH,), device=device)
-    x = next(iter(_photos(device)))[0].contiguous()
+    x = next(iter(steps.photos(device)))[0].contiguous()
     vqvae, autocast = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval(), cli.autocast(device, "auto")
     plain, ours = GatedPixelCNN(CODES).to(device), GatedPixelCNN(CODES).to(device, memory_format=torch.channels_last)
     plain_optimizer = torch.optim.Adam(plain.parameters())
@@ -329,8 +248,13 @@ SUBJECTS = {
     "vq-512x64": _search(131072, 512, 64),
     "vq-512x256": _search(131072, 512, 256),
     "vq-16384x64": _search(16384, 16384, 64),
-    "training-step": training_step,
-    "compiled-step": compiled_step,
+    "training-step": steps.training_step,
+    "training-step-64": steps.training_step_64,
+    "compiled-step": steps.compiled_step,
+    "throughput-32x128": steps.throughput(32, 128),
+    "throughput-32x1024": steps.throughput(32, 1024),
+    "throughput-256x128": steps.throughput(256, 128, "--downsample", "16"),
+    "throughput-256x1024": steps.throughput(256, 1024, "--downsample", "16"),
     "loss-terms": loss_terms,
     "ssim-32": _similarity("ssim", 128, 32),
     "ssim-256": _similarity("ssim", 16, 256),
@@ -341,13 +265,44 @@ SUBJECTS = {
     "sampling-32x32": _sampling(16, 32, 2),
     "growth-codes": growth_codes,
     "growth-images": growth_images,
-    "growth-sides": growth_sides,
+    "growth-sides": steps.growth_sides,
 }
+
+
+COLUMNS = {"ms": "ms (median)", "speed_ratio": "times as fast", "extra_mb": "extra memory (MB)",
+           "images_per_s": "images per second", "peak_share": "share of the bf16 peak"}
+
+
+def measure(callables, repeats, device):
+    """{label: its row of the table} for a subject's callables, the first being the reference."""
+    if device.type == "cuda":
+        callables = {label: call for label, call in callables.items() if fits(label, call)}
+    seconds, rows = alternate(callables, repeats), {}
+    for label, value in seconds.items():
+        call = callables[label][0] if isinstance(callables[label], tuple) else callables[label]
+        rows[label] = {"ms": 1000 * value, "speed_ratio": next(iter(seconds.values())) / value,
+                       "extra_mb": extra_memory_mb(call, device)}
+        if hasattr(call, "images"):
+            rows[label] |= {"images_per_s": call.images / value,
+                            "peak_share": call.flops / value / steps.bf16_peak(device)}
+    return rows
+
+
+def fits(label, call):
+    """Whether a call finds the memory that it needs; says so where it does not."""
+    try:
+        (call[0] if isinstance(call, tuple) else call)()
+        return True
+    except torch.OutOfMemoryError:
+        print(f"left out: {label}, which needs more memory than there is")
+        torch.cuda.empty_cache()
+        return False
 
 
 def main():
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)} (default all)")
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT",
+                        help=f"of {', '.join(SUBJECTS)} (default all, those of throughput on a GPU alone)")
     parser.add_argument("--repeats", type=cli.positive_int, default=7, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     parser.add_argument("--output", default="benchmark.json", help="JSON file (default %(default)s)")
@@ -356,18 +311,13 @@ def main():
     unknown = set(args.subjects) - set(SUBJECTS)
     if unknown:
         raise ValueError(f"no such subject: {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
-    for subject in args.subjects or SUBJECTS:
-        callables = SUBJECTS[subject](device)
-        seconds = alternate(callables, args.repeats)
-        reference = next(iter(seconds.values()))
-        memory = {label: extra_memory_mb(call[0] if isinstance(call, tuple) else call, device)
-                  for label, call in callables.items()}
-        results[subject] = {label: {"ms": 1000 * value, "speed_ratio": reference / value, "extra_mb": memory[label]}
-                            for label, value in seconds.items()}
+    for subject in args.subjects or [name for name in SUBJECTS if device.type == "cuda" or "throughput" not in name]:
         print(SUBJECTS[subject].__doc__)
-        print(report.markdown_table([subject, "ms (median)", "times as fast", "extra memory (MB)"], [
-            [label, 1000 * value, reference / value, "" if memory[label] is None else memory[label]]
-            for label, value in seconds.items()]) + "\n", flush=True)
+        results[subject] = measure(SUBJECTS[subject](device), args.repeats, device)
+        columns = list(dict.fromkeys(name for row in results[subject].values() for name in row))
+        print(report.markdown_table([subject, *(COLUMNS[name] for name in columns)], [
+            [label, *("" if row.get(name) is None else row[name] for name in columns)]
+            for label, row in results[subject].items()]) + "\n", flush=True)
     checkpoint.save_json(args.output, {"device": str(device), "threads": torch.get_num_threads(),
                                        "torch": torch.__version__, "repeats": args.repeats, "results": results})
 

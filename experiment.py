@@ -58,6 +58,26 @@ def add_arguments(parser, output_folder):
                         "(default loss; mse under --balance, where the loss changes its unit)")
 
 
+def weights_of(args):
+    """{term: weight} that the flags give each term of the reconstruction loss."""
+    return {name: getattr(args, f"{name.replace('-', '_')}_weight") for name in TERMS}
+
+
+def model_args_of(args, channels):
+    """Arguments of the `VectorQuantizedVAE` that the flags describe, for images of so many channels."""
+    settings = {"decay": args.codebook_decay, "data_init": not args.no_codebook_init,
+                "restart_below": args.restart_below}
+    return {"input_dim": channels, "dim": args.hidden_size, "K": args.k, "downsample": args.downsample,
+            "quantizer": args.quantizer,
+            **{name: settings[name] for name in settings if name in settings_of(args.quantizer)}}
+
+
+def optimizer_of(model, lr):
+    """Adam for what a model learns by gradients, wherever the model lies."""
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.Adam(learnt, lr=lr, betas=ADAM_BETAS, fused=learnt[0].device.type != "mps")
+
+
 class Experiment:
     """Data, model, loss, optimizer and run, as the flags say; fails before anything is written.
 
@@ -70,7 +90,7 @@ class Experiment:
         self.args, self.device = args, cli.pick_device(args.device)
         args.monitor = args.monitor or ("mse" if args.balance else "loss")
         self.autocast = cli.autocast(self.device, args.precision)
-        weights = {name: getattr(args, f"{name.replace('-', '_')}_weight") for name in TERMS}
+        weights = weights_of(args)
         ReconstructionLoss(weights, args.balance, sharpen=args.sharpen)  # wrong weights fail before data is read,
         check_folder(args, "vqvae", [args.frozen_codebook])  # and so does a folder in use
         source = datasets.source_of(args)
@@ -87,11 +107,7 @@ class Experiment:
         self.criterion = ReconstructionLoss(weights, args.balance, shape, args.sharpen).to(self.device)
 
         torch.manual_seed(args.seed)
-        settings = {"decay": args.codebook_decay, "data_init": not args.no_codebook_init,
-                    "restart_below": args.restart_below}
-        self.model_args = {"input_dim": self.data.channels, "dim": args.hidden_size, "K": args.k,
-                           "downsample": args.downsample, "quantizer": args.quantizer,
-                           **{name: settings[name] for name in settings if name in settings_of(args.quantizer)}}
+        self.model_args = model_args_of(args, self.data.channels)
         self.model = VectorQuantizedVAE(**self.model_args)
         self.model_args["K"] = self.model.K
         if self.model.codebook.extra_repr():
@@ -99,8 +115,7 @@ class Experiment:
         if args.frozen_codebook:
             self.model.freeze_codes(checkpoint.load(args.frozen_codebook, "vqvae"))
         self.model.to(self.device, memory_format=torch.channels_last)
-        learnt = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(learnt, lr=args.lr, betas=ADAM_BETAS, fused=self.device.type != "mps")
+        self.optimizer = optimizer_of(self.model, args.lr)
         self.average = average_of(self.model, self.optimizer, args.average_weights) if args.average_weights else None
         self.judged = self.average.module if self.average else self.model
 
