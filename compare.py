@@ -1,193 +1,167 @@
-"""Train the same VQ-VAE under many losses and seeds: one table, one picture, and what differs from MSE."""
-import argparse
-import csv
-import io
+"""Train the same VQ-VAE under many losses and seeds: tables, pictures, and what differs from a baseline."""
 import os
 import shlex
-import statistics
-import subprocess
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import t as student_t
 
 import datasets
 import metrics
-from evaluation import measure, original_features
-from experiment import DISC_WEIGHT
-from features import FEATURES
+import mixes
+from evaluation import measure, reported
+from features import FEATURES, OWN_JUDGE, Judge, open_network, trained_through
 from harness import checkpoint, cli, report
-from losses import TERMS, ReconstructionLoss
+from losses import TERMS
 from modules import VectorQuantizedVAE
+from rate import delta_rate
+from recipes import RECIPES
+from sweep import Sweep, check, in_turn, train
 
-HERE = Path(__file__).parent
-BASELINE = "mse"
-VQGAN = "vqgan"  # in a mix, it stands for the discriminator, and its weight for --disc-weight
-SHARPEN = "sharpen"  # in a mix, it stands for --sharpen, and its weight for the amount
-RECIPE = ("--lr", "2e-3", "--lr-schedule", "cosine", "--beta", "0.1", "--flip")
-QUICK = ("--hidden-size", "64", "--num-epochs", "1", "--warmup-steps", "35")
-REPORT_TERMS = ("psnr", "ssim", "ms-ssim", "gradient", "gmsd", "ms-gmsd", "haarpsi")
-REPORT_WEIGHTS = (1., 0.5, 0.25)
+QUICK = ("--hidden-size", "64", "--num-epochs", "1")
+VERSION = 2  # of the figures kept beside a run: raise it whenever one changes its meaning
 # FID on 2,000 CIFAR-10 images over that of MSE (86.3), in the report that this project grew out of.
 REPORT_RATIOS = {"mse": "1.000", "ssim": "0.800", "mse+0.25ssim": "0.838", "ms-ssim": "0.908", "psnr": "0.949",
                  "gmsd": "> 3.13", "haarpsi": "> 3.13"} | {f"mse{w}ms-gmsd": ">= 0.971" for w in ("+", "+0.5", "+0.25")}
-MEASURED = ("psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "saturation_ratio", "color_bias", "perplexity",
-            "frechet_distance")
 PICTURES = 10  # images a row of the picture
 COSINE_BATCHES = 8
-FAR = 1.3  # times the Fréchet distance of MSE: beyond it a mix is left out of the plot
+DIFFERENCES = ("psnr", "ssim", "gradient_ratio", "saturation_ratio")  # that tables give from the baseline's
+FAR = 1.3  # times the baseline's Fréchet distance: beyond it a mix is left out of the plot
 
 
 def parse_args():
     parser = cli.Parser(
         description=__doc__, allow_abbrev=False, epilog="All other flags go to vqvae.py, say --dataset cifar10 "
-        f"--num-epochs 4; its defaults here: {' '.join(RECIPE)}")
+        f"--num-epochs 4; its defaults here: {RECIPES[mixes.BASE]}")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--losses", nargs="+", metavar="MIX",
-                       help='say ssim "mse=1,ssim=0.5" "ssim=1,sharpen=0.3" vqgan (vqgan.py on MSE) '
-                       '"l1=1,ssim=0.5,vqgan=0.1"')
-    group.add_argument("--preset", choices=("report",), help="each term alone, and at weights 1, 0.5, 0.25 beside MSE")
+                       help='say ssim "mse=1,ssim=0.5" "mse=5,lr=1e-3" "l1=1,vqgan=0.1" recommended; beside loss terms '
+                       f"and recipes: {', '.join(mixes.FLAGS)}")
+    group.add_argument("--preset", choices=mixes.PRESETS, help="report: each term alone, and at weights 1, 0.5, 0.25 "
+                       "beside MSE; baselines: MSE and L1 at three weights and learning rates")
+    parser.add_argument("--baseline", nargs="+", metavar="MIX", default=["mse"], help="what the others are compared "
+                        "with; of several, the one of the least Fréchet distance (default mse)")
+    parser.add_argument("--rates", nargs="+", metavar="RATE", default=[""], help='train each mix at each of these, say '
+                        'k=64 k=512 "k=512,downsample=8", and say how many bits it saves')
+    parser.add_argument("--split", choices=("valid", "test"), default="valid",
+                        help="where to measure: choose on valid, look at test once (default %(default)s)")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
+                        help=f"of {', '.join(FEATURES)}: networks that judge, the first is also that of the sliced "
+                        "Wasserstein distance (default effnet-lite0)")
     parser.add_argument("--quick", action="store_true", help=f"train with {' '.join(QUICK)}")
     parser.add_argument("--seeds", type=cli.positive_int, default=1, metavar="N", help="(default %(default)s)")
     parser.add_argument("--jobs", type=cli.positive_int, default=1, metavar="N", help="runs at a time, "
                         "sharing the cores (default %(default)s; 2 small models on 2 cores are faster than 1)")
     parser.add_argument("--vqgan-flags", type=shlex.split, default=[], metavar="FLAGS",
-                        help='for vqgan.py alone, say "--disc-start 500"')
-    parser.add_argument("--features", choices=FEATURES, default="effnet-lite0", help="(default %(default)s)")
+                        help='for vqgan.py alone, say "--minutes 5 --disc-start 0.8"')
     parser.add_argument("--output", default="comparison", metavar="NAME",
                         help="runs go to models/NAME/, tables and picture too (default %(default)s)")
     args, flags = parser.parse_known_args()
-    for taken in ("--output-folder", "--seed", "--resume", "--overwrite"):
-        if any(flag.split("=")[0] == taken for flag in flags):
-            parser.error(f"{taken} is set by this script for each run")
-    return args, [*RECIPE, *(QUICK if args.quick else ()), *flags]
+    for flag in (flag.split("=")[0] for flag in (*flags, *args.vqgan_flags)):
+        if flag in ("--output-folder", "--seed", "--resume", "--overwrite", "--recipe"):
+            parser.error(f"{flag} is set by this script for each run")
+        if flag in {f"--{name}-weight" for name in TERMS}:
+            parser.error(f"{flag} would be silently the same for all runs or for none: weights stand in a mix, say "
+                         "--losses mse=1,ssim=3")
+    return args, [*(QUICK if args.quick else ()), *flags]
 
 
 def main():
     args, flags = parse_args()
-    mixes = report_mixes() if args.preset else [parse_mix(text) for text in args.losses]
-    mixes = {mix_name(mix): mix for mix in [{BASELINE: 1.}, *mixes]}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an exception, which stops the runs
+    losses = mixes.PRESETS[args.preset]() if args.preset else [mixes.parse_mix(text) for text in args.losses]
+    sweep = Sweep(losses, [mixes.parse_mix(text) for text in args.baseline], args.rates, args.seeds)
     folder = Path("models") / args.output
-    runs = {(name, seed): folder / f"{name}-seed{seed}" for name in mixes for seed in range(args.seeds)}
+    runs = {(name, seed): folder / f"{name}-seed{seed}" for seed in sweep.seeds for name in sweep.mixes}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    commands = {key: command_of(mixes[key[0]], key[1], flags, args.vqgan_flags) for key in runs}
-    in_turn(ThreadPoolExecutor(args.jobs), "trained", runs, lambda key: (train, runs[key], commands[key], threads))
+    commands = {key: mixes.command_of(sweep.mixes[key[0]], key[1], flags, args.vqgan_flags) for key in runs}
+    for key, run in runs.items():  # all of them, before the first is trained
+        check(run, commands[key])
+    in_turn(ThreadPoolExecutor(args.jobs), args.jobs, "trained", runs,
+            lambda key: (train, runs[key], commands[key], threads))
 
-    # Processes, because two networks in threads of one slow each other down.
-    test, network = open_test(next(iter(runs.values()))), FEATURES[args.features]
-    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare_measuring, (test, network, threads))
-    figures = in_turn(pool, "measured", runs, lambda key: (measure_once, runs[key], args.features))
-
-    note = (f"Seeds: {args.seeds}. Test images: {len(test.labels)}. Fréchet distance through {network.description}: "
-            f"comparable within this setting only. Flags: {' '.join(flags)}")
-    text = write_tables(folder, {
-        "table": (summarise(mixes, args.seeds, figures), note),
-        "matrix": (loss_by_metric(mixes, args.seeds, figures), "Loss by metric: value on the test split over that of "
-                   f"{BASELINE}. A row was trained on, a column measured."),
-        "cosines": (gradient_cosines(open_model(runs[BASELINE, 0], test), test), "Mean cosine between the terms' "
-                    f"gradients at the reconstructions of {BASELINE}, seed 0: 1 is one direction, -1 the opposite.")},
-        [{"loss": name, "seed": seed} | values for (name, seed), values in figures.items()])
-    picture = draw_picture(folder / "picture.png", [runs[name, 0] for name in mixes], test)
-    plot = draw_pareto(folder / "pareto.png", mixes, args.seeds, figures)
-    print(f"\n{text}picture (originals, then {', '.join(mixes)}; below, their middles enlarged): {picture}\n"
+    split, networks, setting = open_split(next(iter(runs.values())), args.split, args.features)
+    figures = measure_runs(runs, split, networks, setting, args.jobs, threads)
+    sweep.choose_baselines(figures)
+    judged = [f"frechet_distance/{name}" for name in networks] + [f"sliced_wasserstein/{args.features[0]}"]
+    note = (f"Measured on {args.split}: {len(split.labels)} images; seeds: {args.seeds}. Flags: "
+            f"{' '.join([RECIPES[mixes.BASE], *flags])}, but for what a mix says itself. Judges, comparable within "
+            f"this setting only: " + "; ".join(f"{name}: {network.description}" for name, network in networks.items()))
+    first = sweep.best[sweep.rates[0]]
+    tables = tables_of(sweep, figures, judged, note, args.preset == "report") | {
+        "cosines": (gradient_cosines(open_model(runs[first, 0], split), split), "Mean cosine between the terms' "
+                    f"gradients at the reconstructions of {first}, seed 0: 1 is one direction, -1 the opposite.")}
+    text = report.write_tables(folder, tables, [{"loss": name, "seed": seed} | values
+                                                for (name, seed), values in figures.items()])
+    picture = draw_picture(folder / "picture.png", [runs[name, 0] for name in sweep.mixes], split)
+    plot = draw_pareto(folder / "pareto.png", sweep, figures)
+    print(f"\n{text}picture (originals, then {', '.join(sweep.mixes)}; below, their middles enlarged): {picture}\n"
           f"plot: {plot}")
 
 
-# --- mixes
+# --- measuring
 
-def parse_mix(text):
-    """"ssim" or "mse=1,ssim=0.5" or "vqgan" -> {term: weight}; ValueError where it is none of them."""
-    mix = {}
-    for part in text.split(","):
-        name, _, weight = part.partition("=")
-        if name not in (*TERMS, VQGAN, SHARPEN):
-            raise ValueError(f"no loss term {name!r} in {text!r}: the terms are {', '.join((*TERMS, VQGAN))}, and "
-                             f"{SHARPEN}")
-        try:
-            mix[name] = cli.positive(weight or str(DISC_WEIGHT if name == VQGAN else 1))
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"the weight of {name} in {text!r} {error}") from None
-    ReconstructionLoss(terms_of(mix), sharpen=mix.get(SHARPEN, 0.))  # what it refuses fails before anything is trained
-    return mix
-
-
-def terms_of(mix):
-    """The loss terms of a mix and their weights; MSE where it names none."""
-    return {name: weight for name, weight in mix.items() if name in TERMS} or {BASELINE: 1.}
-
-
-def mix_name(mix):
-    """{"mse": 1, "ssim": 0.5} -> "mse+0.5ssim"."""
-    usual = {VQGAN: DISC_WEIGHT}
-    return "+".join(("" if weight == usual.get(name, 1) else f"{weight:g}") + name for name, weight in mix.items())
-
-
-def report_mixes():
-    return [{term: 1.} for term in REPORT_TERMS] + [
-        {"mse": 1., term: weight} for term in REPORT_TERMS for weight in REPORT_WEIGHTS]
-
-
-# --- runs
-
-def in_turn(pool, done, runs, task):
-    """{key: result} of task(key) = (function, arguments...) for the keys of `runs`, with a line for each one done."""
-    results = {}
-    with pool:
-        futures = {key: pool.submit(*task(key)) for key in runs}
-        try:
-            for number, (key, future) in enumerate(futures.items(), 1):
-                results[key] = future.result()
-                print(f"{done} {number}/{len(runs)}: {key[0]}, seed {key[1]}", flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
-
-
-def command_of(mix, seed, flags, vqgan_flags):
-    """Command line of the run of a mix and a seed."""
-    terms = terms_of(mix)
-    weights = [part for name in TERMS for part in (f"--{name}-weight", f"{terms.get(name, 0.):g}")]
-    script = ["vqgan.py", "--disc-weight", f"{mix[VQGAN]:g}", *vqgan_flags] if VQGAN in mix else ["vqvae.py"]
-    sharpen = ["--sharpen", f"{mix[SHARPEN]:g}"] if SHARPEN in mix else []
-    return [*script, *flags, *weights, *sharpen, "--seed", str(seed)]
-
-
-def train(run, command, threads):
-    """An ordinary run in its own folder, what it prints in output.txt: done once, resumed if it was cut off.
-
-    Raises:
-        ValueError: the folder holds a run of other flags, or training failed.
-    """
-    known = run / "command.json"
-    if known.exists() and checkpoint.load_json(known) != command:
-        raise ValueError(f"{run} was trained with other flags: give another --output, or remove it")
-    if (run / "results.json").exists():
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_json(known, command)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with open(run / "output.txt", "a") as output:
-        done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:], "--resume", "--output-folder",
-                               str(run.relative_to("models"))], stdout=output, stderr=subprocess.PIPE, text=True,
-                              env=environment)
-    if done.returncode:
-        raise ValueError(f"{run}: {(done.stderr.strip().splitlines() or ['training failed'])[-1]}")
-
-
-def open_test(run):
+def open_split(run, split, features):
+    """A split of a run's data set, networks by name that judge it, and what figures measured with them depend on."""
     found = checkpoint.load(run / "best.pt", "vqvae")
-    return datasets.load(found["data"]["name"], datasets.Source.of(found), 128, cli.pick_device("auto")).test
+    source = datasets.Source.of(found)
+    data = datasets.load(found["data"]["name"], source, 128, cli.pick_device("auto"))
+    networks = {name: open_network(name, data, source) for name in features}
+    setting = {"version": VERSION, "split": split, "images": datasets.fingerprint(data.name, source),
+               "networks": {name: network.description for name, network in networks.items()}}
+    return getattr(data, split), networks, setting
 
 
-def terms_for(test):
+def measure_runs(runs, split, networks, setting, jobs, threads):
+    """Figures of each run, {(name, seed): figures}: measured now, or before under the same `setting`."""
+    kept = {key: run / f"compared-{setting['split']}-{'-'.join(networks)}.json" for key, run in runs.items()}
+    keys = {key: {"checkpoint": checkpoint.digest(run / "best.pt")} | setting for key, run in runs.items()}
+    missing = {key: run for key, run in runs.items()
+               if not kept[key].exists() or checkpoint.load_json(kept[key]).get("key") != keys[key]}
+    if missing:
+        judges = [Judge(name, network, split) for name, network in networks.items()]
+        # Processes, because two networks in threads of one slow each other down.
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), prepare_measuring, (split, judges, threads)) \
+            if jobs > 1 else ThreadPoolExecutor(1, initializer=prepare_measuring, initargs=(split, judges, threads))
+        for key, figures in in_turn(pool, jobs, "measured", missing, lambda key: (measure_run, missing[key])).items():
+            checkpoint.save_json(kept[key], {"key": keys[key], "figures": figures})
+    return {key: checkpoint.load_json(path)["figures"] for key, path in kept.items()}
+
+
+_measuring = {}  # of a process that measures: the split and its judges
+
+
+def prepare_measuring(split, judges, threads):
+    torch.set_num_threads(threads)
+    _measuring.update(split=split, judges=judges)
+
+
+def measure_run(run):
+    """Figures of a finished run, the values of the loss terms under "terms", and its cost."""
+    split = _measuring["split"]
+    terms = terms_for(split)
+    _, figures = measure(open_model(run, split), split, judges=_measuring["judges"],
+                         extra={f"term/{name}": partial(term_of_images, TERMS[name]) for name in terms})
+    figures["terms"] = {name: figures.pop(f"term/{name}") for name in terms}
+    cost = checkpoint.load_json(run / "results.json")
+    return figures | {name: cost[name] for name in ("ms_per_step", "peak_memory_mb", "train_seconds")} | {
+        "trained_through": trained_through(checkpoint.load(run / "best.pt", "vqvae")["args"])}
+
+
+def term_of_images(term, x_tilde, x):
+    """A loss term as a metric of images in [0, 1]: its value for the batch, for each of them."""
+    return term(2 * x_tilde - 1, 2 * x - 1).expand(len(x))
+
+
+def terms_for(split):
     """Names of the terms that the images of a split are large enough for."""
-    x, names = test.examples(1), []
+    x, names = split.examples(1), []
     for name, term in TERMS.items():
         try:
             term(x, x)
@@ -197,77 +171,100 @@ def terms_for(test):
     return names
 
 
-def open_model(run, test):
+def open_model(run, split):
     model = VectorQuantizedVAE.rebuild(checkpoint.load(run / "best.pt", "vqvae"))
-    return model.to(test.device, memory_format=torch.channels_last)
-
-
-_measuring = {}  # of a process that measures: the test split, the feature network, features of the originals
-
-
-def prepare_measuring(test, network, threads):
-    torch.set_num_threads(threads)
-    network = network().to(test.device, memory_format=torch.channels_last)
-    _measuring.update(test=test, network=network)
-
-
-def measure_once(run, features):
-    """Figures of a run, measured now or before."""
-    kept = run / f"compared-{features}.json"
-    if not kept.exists():
-        if "real" not in _measuring:  # not before a run needs it: a sweep that is drawn again measures nothing
-            _measuring["real"] = original_features(_measuring["network"], _measuring["test"])
-        checkpoint.save_json(kept, measure_run(run, **_measuring))
-    return checkpoint.load_json(kept)
-
-
-def measure_run(run, test, network, real):
-    """Figures of a finished run on the test split, the largest colour bias of a channel by size, terms and cost."""
-    terms = dict.fromkeys(terms_for(test), 0.)
-
-    def on_batch(x_tilde, x):
-        for name in terms:
-            terms[name] += float(TERMS[name](2 * x_tilde - 1, 2 * x - 1)) * len(x) / len(test.labels)
-    _, figures = measure(open_model(run, test), test, network=network, real=real, on_batch=on_batch)
-    figures["color_bias"] = max((v for name, v in figures.items() if name.startswith("color_bias_")), key=abs)
-    figures["terms"] = terms
-    cost = checkpoint.load_json(run / "results.json")
-    return figures | {name: cost[name] for name in ("ms_per_step", "peak_memory_mb", "train_seconds")}
+    return model.to(split.device, memory_format=torch.channels_last)
 
 
 # --- tables
 
-def summarise(mixes, seeds, figures):
-    """A row a mix: mean ± sd over seeds, what differs from MSE, and the Fréchet distance relative to MSE's."""
+def tables_of(sweep, figures, judged, note, of_report):
+    """{name: (rows, note)} of all that figures say, but for the cosines."""
+    paired = "Differences and ratios are paired by seed, with 95% intervals (Student's t); one seed has none."
+    tables = {"table": (summarise(sweep, figures, judged), note),
+              "against": (against_baselines(sweep, figures, judged, of_report), paired)}
+    if any(values["trained_through"] for values in figures.values()):
+        tables["against"] = (tables["against"][0], f"{paired} {OWN_JUDGE}: judged by a network it was trained through.")
+    if len(sweep.rates) > 1:
+        tables["rates"] = (delta_rates(sweep, figures, judged), "Bjøntegaard delta rate: per cent of bits beyond the "
+                           "baseline's at equal quality, less is better; bits as an ideal entropy coder of single "
+                           f"latents makes them. {paired}")
+    if len(sweep.mixes) > 2:
+        keys = (*judged, *accuracies(figures), "psnr", "ssim")
+        tables["ranks"] = (report.rank_correlations({key: [sweep.mean(figures, name, key) for name in sweep.mixes]
+                                                     for key in keys}), "Spearman's rank correlation over all mixes.")
+    return tables | {"matrix": (loss_by_metric(sweep, figures), "Loss by metric: value over that of the baseline. A "
+                                "row was trained on, a column measured.")}
+
+
+def summarise(sweep, figures, judged):
+    """A row a mix: mean ± sd over seeds."""
+    columns = (*reported(), "color_bias", *judged, *accuracies(figures), "ms_per_step")
+    return [{"loss": name} | {key: report.spread(sweep.of(figures, name, key)) + mark(figures, name, key)
+                              for key in columns} for name in sweep.mixes]
+
+
+def accuracies(figures):
+    return [key for key in next(iter(figures.values())) if key.startswith(("accuracy/", "original_accuracy/"))]
+
+
+def mark(figures, name, key):
+    through = figures[name, 0]["trained_through"]
+    return f" {OWN_JUDGE}" if through and key.endswith(f"/{through}") else ""
+
+
+def against_baselines(sweep, figures, judged, of_report):
+    """A row a mix: paired differences from the baseline of its rate, and ratios to it of what judges say."""
     rows = []
-    for name in mixes:
-        row = {"loss": name}
-        for key in (*MEASURED, "ms_per_step"):
-            values = [figures[name, seed][key] for seed in range(seeds)]
-            row[key] = spread(values)
-            if key in ("psnr", "ssim", "gradient_ratio"):
-                row[f"{key} - {BASELINE}"] = difference(
-                    [value - figures[BASELINE, seed][key] for seed, value in enumerate(values)])
-        ratios = [figures[name, seed]["frechet_distance"] / figures[BASELINE, seed]["frechet_distance"]
-                  for seed in range(seeds)]
-        row[f"frechet / {BASELINE}"] = spread(ratios)
-        row["report FID / mse"] = REPORT_RATIOS.get(name, "")
+    for name in sweep.mixes:
+        row = {"loss": name, "baseline": sweep.baseline_of(name)}
+        for key in DIFFERENCES:
+            row[f"{key} - baseline"] = report.difference(
+                sweep.against_baseline(figures, name, key, lambda ours, theirs: ours - theirs))
+        ratios = {key: sweep.against_baseline(figures, name, key, lambda ours, theirs: ours / theirs)
+                  for key in judged}
+        row |= {f"{key} / baseline": report.ratio(values) + mark(figures, name, key) for key, values in ratios.items()}
+        row["mean of judges / baseline"] = report.ratio([sum(values) / len(judged) for values in zip(*ratios.values())])
+        if of_report:
+            row["report FID / mse"] = REPORT_RATIOS.get(name, "")
         rows.append(row)
     return rows
 
 
-def loss_by_metric(mixes, seeds, figures):
-    """A row a mix, a column a term as metric: mean over seeds, relative to MSE's."""
+def delta_rates(sweep, figures, judged):
+    """A row a mix: bits saved over the best baselines at equal quality, by seed."""
+    qualities = {"psnr": 1, "ssim": 1} | dict.fromkeys(judged, -1)  # 1 where larger is better
+    rows = []
+    for name, at in sweep.series.items():
+        row = {"loss": name}
+        for key, sign in qualities.items():
+            ours, theirs = ([[figures[rates[rate], seed] for rate in sweep.rates] for seed in sweep.seeds]
+                            for rates in (at, sweep.best))
+            try:
+                row[f"% bits at equal {key}"] = report.difference([
+                    delta_rate(*points(one, key, sign), *points(other, key, sign)) for one, other in zip(ours, theirs)])
+            except ValueError as error:
+                row[f"% bits at equal {key}"] = f"none: {error}"
+        rows.append(row)
+    return rows
+
+
+def points(figures, key, sign):
+    return [values["bits_per_pixel"] for values in figures], [sign * values[key] for values in figures]
+
+
+def loss_by_metric(sweep, figures):
+    """A row a mix, a column a term as metric: mean over seeds, relative to the baseline's."""
     def mean(name, term):
-        return statistics.mean(figures[name, seed]["terms"][term] for seed in range(seeds))
-    return [{"loss": name} | {term: f"{mean(name, term) / mean(BASELINE, term):.3f}"
-                              for term in figures[BASELINE, 0]["terms"]} for name in mixes]
+        return sum(terms[term] for terms in sweep.of(figures, name, "terms")) / len(sweep.seeds)
+    return [{"loss": name} | {term: f"{mean(name, term) / mean(sweep.baseline_of(name), term):.3f}"
+                              for term in figures[name, 0]["terms"]} for name in sweep.mixes]
 
 
-def gradient_cosines(model, test):
-    """Rows of the mean cosine between the gradients of two terms at a model's reconstructions of test images."""
-    names, total, count = terms_for(test), 0., 0
-    for x, _ in islice(test, COSINE_BATCHES):
+def gradient_cosines(model, split):
+    """Rows of the mean cosine between the gradients of two terms at a model's reconstructions of a split's images."""
+    names, total, count = terms_for(split), 0., 0
+    for x, _ in islice(split, COSINE_BATCHES):
         with torch.no_grad():
             x_tilde = model(x)[0].float()
         x_tilde.requires_grad_()
@@ -279,80 +276,29 @@ def gradient_cosines(model, test):
             for name, row in zip(names, (total / count).tolist())]
 
 
-def write_tables(folder, tables, runs):
-    """Tables {name: (rows, note)} as one Markdown text, a CSV file each, and a JSON file with the figures of each run.
-
-    Returns:
-        the text.
-    """
-    text = ""
-    for name, (rows, note) in tables.items():
-        text += report.markdown_table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n\n{note}\n\n"
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        checkpoint.write_atomic(folder / f"{name}.csv", buffer.getvalue().encode())
-    checkpoint.write_atomic(folder / "table.md", text.encode())
-    checkpoint.save_json(folder / "table.json", {name: rows for name, (rows, _) in tables.items()} | {"runs": runs})
-    return text
-
-
-def spread(values):
-    """"mean ± sd", or the value where there is one alone."""
-    mean = f"{statistics.mean(values):.4g}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2g}"
-
-
-def difference(values):
-    """Mean and 95% interval of paired differences over seeds (Student's t); "no difference" where it holds zero."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:+.3g}"
-    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    if mean - half <= 0 <= mean + half:
-        return "no difference"
-    return f"{mean:+.3g} [{mean - half:+.3g}, {mean + half:+.3g}]"
-
-
 # --- pictures
 
-def draw_pareto(path, mixes, seeds, figures):
+def draw_pareto(path, sweep, figures):
     """PSNR against sharpness and against Fréchet distance, means over seeds, and the mixes that no other beats in both.
 
     A point's area is its step's time. Mixes too far off to be of use are named below instead of drawn.
     """
-    from matplotlib.figure import Figure  # here, because no run needs it
-    means = {name: {key: statistics.mean(figures[name, seed][key] for seed in range(seeds))
-                    for key in ("psnr", "gradient_ratio", "frechet_distance", "ms_per_step")} for name in mixes}
+    means = {name: {key: sweep.mean(figures, name, key) for key in ("psnr", "gradient_ratio", "frechet_distance")} | {
+        "area": 60 * sweep.mean(figures, name, "ms_per_step") / sweep.mean(figures, sweep.baseline_of(name),
+                                                                           "ms_per_step")} for name in sweep.mixes}
     far = [name for name, mean in means.items()
-           if mean["frechet_distance"] > FAR * means[BASELINE]["frechet_distance"]]
-    shown = {name: mean for name, mean in means.items() if name not in far}
-    figure = Figure(figsize=(14, 6), layout="constrained")
-    for axes, key, sign, label in zip(figure.subplots(1, 2), ("gradient_ratio", "frechet_distance"), (1, -1),
-                                      ("gradient ratio (1 is as sharp)", "Fréchet distance (lower is better)")):
-        for number, (name, mean) in enumerate(shown.items(), 1):
-            area = 60 * mean["ms_per_step"] / means[BASELINE]["ms_per_step"]
-            axes.scatter(mean["psnr"], mean[key], area, alpha=0.6, label=f"{number}  {name}")
-            axes.annotate(number, (mean["psnr"], mean[key]), xytext=(5, 3), textcoords="offset points", fontsize=9)
-        front = sorted((mean["psnr"], mean[key]) for mean in shown.values() if not any(
-            other["psnr"] >= mean["psnr"] and sign * other[key] >= sign * mean[key] and other is not mean
-            for other in shown.values()))
-        axes.plot(*zip(*front), color="grey", linewidth=1, zorder=0)
-        axes.set(xlabel="PSNR (dB)" + (f"\nnot shown: {', '.join(far)}" if far else ""), ylabel=label)
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    checkpoint.write_atomic(path, buffer.getvalue())
-    return path
+           if mean["frechet_distance"] > FAR * means[sweep.baseline_of(name)]["frechet_distance"]]
+    return report.draw_fronts(path, {name: mean for name, mean in means.items() if name not in far},
+                              ("psnr", "PSNR (dB)"),
+                              [("gradient_ratio", "gradient ratio (1 is as sharp)", True),
+                               ("frechet_distance", "Fréchet distance (lower is better)", False)], far)
 
 
-def draw_picture(path, runs, test):
+def draw_picture(path, runs, split):
     """Rows of originals and of each run's reconstructions of the same images; below, the middles of them enlarged."""
-    x = test.examples(PICTURES)
+    x = split.examples(PICTURES)
     with torch.no_grad():
-        rows = [metrics.as_8bit(x)] + [metrics.as_8bit(open_model(run, test)(x)[0]) for run in runs]
+        rows = [metrics.as_8bit(x)] + [metrics.as_8bit(open_model(run, split)(x)[0]) for run in runs]
     top, left = (side // 4 for side in x.shape[2:])  # sides divide by 4: the middle, enlarged, is as large as the whole
     details = [row[:, :, top:3 * top, left:3 * left].repeat_interleave(2, 2).repeat_interleave(2, 3) for row in rows]
     return report.save_picture(path, rows + details)

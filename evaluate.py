@@ -1,4 +1,4 @@
-"""Evaluate VQ-VAEs on the test split: one table with intervals, one picture, one JSON file."""
+"""Evaluate VQ-VAEs on a split: one table with intervals, one picture, one JSON file."""
 from functools import partial
 from pathlib import Path
 
@@ -6,21 +6,23 @@ import torch
 
 import datasets
 import metrics
-from evaluation import measure, original_features
-from features import FEATURES
+from evaluation import measure, reported
+from features import FEATURES, OWN_JUDGE, Judge, open_network, trained_through
 from harness import checkpoint, cli, report
 from modules import VectorQuantizedVAE
 
 PICTURES = 12
-SHOWN = ("psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "saturation_ratio")
 
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--model", nargs="+", required=True, metavar="PT", help="checkpoints of vqvae.py")
+    parser.add_argument("--model", nargs="+", required=True, metavar="PT",
+                        help="checkpoints of vqvae.py, or folders of its runs")
     parser.add_argument("--data-folder", help="(default the first model's)")
-    parser.add_argument("--features", choices=FEATURES, default="effnet-lite0",
-                        help="network of the Fréchet and kernel distances (default %(default)s)")
+    parser.add_argument("--split", choices=datasets.SPLITS, default="test", help="(default %(default)s)")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
+                        help=f"of {', '.join(FEATURES)}: networks of the Fréchet, kernel and sliced Wasserstein "
+                        "distances (default effnet-lite0)")
     parser.add_argument("--no-features", action="store_true", help="leave these distances out")
     parser.add_argument("--lpips", action="store_true", help="add LPIPS (torchmetrics; downloads its weights)")
     parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default %(default)s)")
@@ -33,30 +35,34 @@ def parse_args():
 def main():
     args = parse_args()
     device = cli.pick_device(args.device)
-    found = {path: checkpoint.load(path, "vqvae") for path in args.model}
-    facts = next(iter(found.values()))["data"]
+    found = {path: checkpoint.load(path, "vqvae") for path in map(str, map(checkpoint.resolve, args.model))}
+    first, facts = next((path, contents["data"]) for path, contents in found.items())
     for path, contents in found.items():
         if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):
             raise ValueError(f"{path} was trained on {contents['data']['name']} {contents['data']['size']}, "
-                             f"{args.model[0]} on {facts['name']} {facts['size']}: evaluate them apart")
-    source = datasets.Source.of(found[args.model[0]], args.data_folder)
-    test = datasets.load(facts["name"], source, args.batch_size, device, workers=args.num_workers).test
-    network = None if args.no_features else FEATURES[args.features]().to(device, memory_format=torch.channels_last)
-    lpips = open_lpips() if args.lpips else None
-    real = original_features(network, test) if network else None
+                             f"{first} on {facts['name']} {facts['size']}: evaluate them apart")
+    source = datasets.Source.of(found[first], args.data_folder)
+    data = datasets.load(facts["name"], source, args.batch_size, device, workers=args.num_workers)
+    if data.channels != facts["channels"]:
+        raise ValueError(f"{first} reconstructs images of {facts['channels']} channels, those in {source.folder} have "
+                         f"{data.channels}: pass the --data-folder of its kind of images")
+    split, features = getattr(data, args.split), () if args.no_features else args.features
+    lpips = {"lpips": open_lpips()} if args.lpips else {}
+    judges = [Judge(name, open_network(name, data, source), split) for name in features]
 
-    names = short_names(args.model)
-    results, pictures = {}, [metrics.as_8bit(test.examples(PICTURES))]
+    names = short_names(list(found))
+    results, pictures = {}, [metrics.as_8bit(split.examples(PICTURES))]
     for path, contents in found.items():
         model = VectorQuantizedVAE.rebuild(contents).to(device, memory_format=torch.channels_last)
-        results[names[path]] = evaluate(model, test, network, real, lpips) | training_cost(path) | {"checkpoint": path}
+        results[names[path]] = evaluate(model, split, judges, lpips) | training_cost(path) | {
+            "checkpoint": path, "trained_through": trained_through(contents["args"])}
         with torch.no_grad():
-            pictures.append(metrics.as_8bit(model(test.examples(PICTURES))[0]))
+            pictures.append(metrics.as_8bit(model(split.examples(PICTURES))[0]))
 
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    setting = {"dataset": facts["name"], "size": facts["size"], "images": len(test.labels),
-               "features": network.description if network else None}
+    setting = {"dataset": facts["name"], "size": facts["size"], "split": args.split, "images": len(split.labels),
+               "features": {judge.name: judge.network.description for judge in judges}}
     checkpoint.save_json(folder / "results.json", {"setting": setting, "models": results})
     print(table(results, setting))
     print(f"\npicture (originals, then {', '.join(results)}): {report.save_picture(folder / 'models.png', pictures)}")
@@ -68,14 +74,9 @@ def short_names(paths):
     return {path: path if folders.count(folder) > 1 or not folder else folder for path, folder in zip(paths, folders)}
 
 
-def evaluate(model, test, network, real, lpips):
-    """Every figure of a model: means, "<name>_interval" 95% bootstrap intervals, distances of features."""
-    distances = []
-    values, figures = measure(model, test, network=network, real=real,
-                              on_batch=lpips and (lambda *pair: distances.append(lpips(*pair))))
-    if lpips:
-        values["lpips"] = torch.cat(distances)
-        figures["lpips"] = float(values["lpips"].mean())
+def evaluate(model, split, judges=(), extra=None):
+    """Figures of a model as `evaluation.measure` takes and gives them; "<name>_interval" is 95%, by bootstrap."""
+    values, figures = measure(model, split, judges=judges, extra=extra)
     return figures | {f"{name}_interval": metrics.bootstrap_interval(value) for name, value in values.items()}
 
 
@@ -86,8 +87,9 @@ def open_lpips():
         compare = partial(lpips, net_type="alex", reduction="none", normalize=True)
         compare(*torch.zeros(2, 1, 3, 64, 64))
     except Exception as error:
-        raise ValueError(f"--lpips needs the AlexNet weights of torchvision, which cannot be had ({error}): leave it "
-                         "out") from error
+        reason = " ".join(str(error).split())
+        raise ValueError("--lpips needs the package lpips and the AlexNet weights of torchvision, which are not "
+                         f"available ({reason}): leave it out") from error
     return torch.no_grad()(lambda x_tilde, x: compare(x_tilde.expand(-1, 3, -1, -1), x.expand(-1, 3, -1, -1)).flatten())
 
 
@@ -100,23 +102,35 @@ def training_cost(path):
 
 def table(results, setting):
     """The Markdown table with its setting."""
-    extra = [name for name in ("lpips", "frechet_distance", "kernel_distance") if name in next(iter(results.values()))]
-    header = ["model", *SHOWN, *extra, "perplexity", "ms_per_step", "peak_memory_mb"]
-    rows = []
-    for name, figures in results.items():
-        cells = {key: figures[key] for key in header[1:]}
-        for key in SHOWN:
-            low, high = figures[f"{key}_interval"]
-            cells[key] = f"{figures[key]:.4g} [{low:.4g}, {high:.4g}]"
-        if "kernel_distance" in extra:
-            cells["kernel_distance"] = f"{figures['kernel_distance']:.3g} ± {figures['kernel_distance_sd']:.1g}"
-        rows.append([name, *cells.values()])
-    note = (f"{setting['dataset']}, {setting['images']} test images of {setting['size'][0]}x{setting['size'][1]}; "
-            "95% bootstrap intervals over images")
+    figures_of_first = next(iter(results.values()))
+    keys = [*reported(), *(["lpips"] if "lpips" in figures_of_first else [])]
+    for judge in setting["features"]:
+        keys += [f"{name}/{judge}" for name in ("frechet_distance", "kernel_distance", "sliced_wasserstein",
+                                                "accuracy", "original_accuracy")
+                 if f"{name}/{judge}" in figures_of_first]
+    header = ["model", *keys, "ms_per_step", "peak_memory_mb"]
+    rows = [[name, *(cell(figures, key) for key in header[1:])] for name, figures in results.items()]
+    note = (f"{setting['dataset']}, {setting['split']} split, {setting['images']} images of "
+            f"{setting['size'][0]}x{setting['size'][1]}; 95% bootstrap intervals over images")
+    for judge, description in setting["features"].items():
+        note += f"; {judge}: {description}"
     if setting["features"]:
-        note += (f"; Fréchet and kernel distance through {setting['features']}, N = {setting['images']}: comparable "
-                 "within this setting only")
+        note += f"; distances at N = {setting['images']} compare within this setting only"
+    if any(OWN_JUDGE in str(value) for row in rows for value in row):
+        note += f"; {OWN_JUDGE} judged by the network that the model was trained through"
     return report.markdown_table(header, rows) + f"\n\n{note}"
+
+
+def cell(figures, key):
+    """A figure with its interval or deviation, where it has one."""
+    if f"{key}_interval" in figures:
+        low, high = figures[f"{key}_interval"]
+        return f"{figures[key]:.4g} [{low:.4g}, {high:.4g}]"
+    name, _, judge = key.partition("/")
+    text = f"{figures[key]:.4g}"
+    if name == "kernel_distance":
+        text = f"{figures[key]:.3g} ± {figures[f'kernel_distance_sd/{judge}']:.1g}"
+    return text + (f" {OWN_JUDGE}" if judge and judge == figures["trained_through"] else "")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """A model on a split, measured one way, whoever asks: training, evaluation or comparison."""
+import math
 from contextlib import nullcontext
 
 import torch
@@ -7,8 +8,13 @@ from harness import distributed
 from metrics import IMAGE_METRICS, as_8bit, codebook_usage, color_bias
 
 
+def reported():
+    """Names of the figures that tables show: what every model has, whatever it was trained on."""
+    return [*IMAGE_METRICS, "perplexity", "used_codes"]
+
+
 @torch.no_grad()
-def measure(model, loader, criterion=None, autocast=nullcontext, network=None, real=None, on_batch=None):
+def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extra=None):
     """Everything there is to say of a model on a split, with the model in eval mode.
 
     Args:
@@ -16,42 +22,42 @@ def measure(model, loader, criterion=None, autocast=nullcontext, network=None, r
         criterion: a `ReconstructionLoss`, for `loss` on top (no metric: it depends on the training), a batch's mean
             standing for each of its images.
         autocast: makes the context of the forward pass.
-        network: a feature network, or None to leave the distances out. real: `original_features` of the split.
-        on_batch: called with each batch of reconstructions and originals (B, C, H, W) in [0, 1].
+        judges: `features.Judge`s of the same split.
+        extra: {name: function} beside `IMAGE_METRICS`, of reconstructions and originals (B, C, H, W) in [0, 1] -> (B,).
     Returns:
         values: {name: (N,) float64}, an entry an image: `IMAGE_METRICS`, color_bias_0... by channel, quantization
-        (mean squared distance of z_e to its code), `loss` where a criterion is given.
-        figures: their means, `codebook_usage` and, through a network, `frechet_and_kernel_distance`.
-        Both are of all processes together, the distances of this one alone.
+        (mean squared distance of z_e to its code), `extra`, `loss` where a criterion is given.
+        figures: their means; color_bias, the largest of a channel by size; `codebook_usage`; bits_per_pixel, what an
+        ideal entropy coder makes of the latents, each by itself; what each judge says under "<figure>/<judge>", and
+        the first under "<figure>" too.
+        Both are of all processes together, the judges' of this one alone.
     """
     was_training = model.training
     model.eval()
-    columns, counts, features = [], 0, []
+    metrics = IMAGE_METRICS | (extra or {})
+    columns, counts, features = [], 0, [[] for _ in judges]
     for x, _ in loader:
         with autocast():
             x_tilde, z_e, z_q = model(x)
             latents = model.codebook(z_e)
         counts = counts + torch.bincount(latents.flatten(), minlength=model.K)
         a, b = as_8bit(x_tilde), as_8bit(x)
-        values = {name: metric(a, b) for name, metric in IMAGE_METRICS.items()}
+        values = {name: metric(a, b) for name, metric in metrics.items()}
         values |= {f"color_bias_{i}": bias for i, bias in enumerate(color_bias(a, b).unbind(1))}
         values["quantization"] = (z_e.float() - z_q).square().mean((1, 2, 3))
         if criterion:
             values["loss"] = criterion(x_tilde, x)[0].expand(len(x))
         columns.append({name: value.double() for name, value in values.items()})
-        if network:
-            features.append(network(a))
-        if on_batch:
-            on_batch(a, b)
+        for judge, found in zip(judges, features):
+            found.append(judge.network(a))
     model.train(was_training)
+
     values = {name: distributed.concatenate(torch.cat([column[name] for column in columns])) for name in columns[0]}
     figures = {name: float(value.mean()) for name, value in values.items()} | codebook_usage(distributed.total(counts))
-    if network:
-        from features import frechet_and_kernel_distance  # slow to import, and training needs no distances
-        figures |= frechet_and_kernel_distance(torch.cat(features), real)
+    figures["color_bias"] = max((bias for name, bias in figures.items() if name.startswith("color_bias_")), key=abs)
+    latents_per_pixel = latents[0].numel() / (x.shape[2] * x.shape[3])
+    figures["bits_per_pixel"] = math.log2(figures["perplexity"]) * latents_per_pixel
+    for judge, found in zip(judges, features):
+        said = judge.figures(torch.cat(found))
+        figures |= (said if judge is judges[0] else {}) | {f"{name}/{judge.name}": v for name, v in said.items()}
     return values, figures
-
-
-def original_features(network, loader):
-    """Features (N, D) of the originals x (B, C, H, W) in [-1, 1] that a loader yields."""
-    return torch.cat([network((x + 1) / 2) for x, _ in loader])

@@ -7,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import datasets
 import metrics
 import recipes
-from evaluation import measure
+from evaluation import measure, reported
 from harness import checkpoint, cli, distributed, report
 from harness.run import Run, check_folder
 from losses import TERMS, ReconstructionLoss, ms_ssim_weights
@@ -15,7 +15,6 @@ from modules import VectorQuantizedVAE
 from quantizers import QUANTIZERS, settings_of
 
 MONITORS = {"loss": False, "mse": False, "psnr": True, "ssim": True}  # name -> larger is better
-TABLE = ("mse", "psnr", "ssim", "gradient_ratio", "high_frequency_ratio", "perplexity", "used_codes")
 PICTURES = 12
 DISC_WEIGHT = 0.8  # of the adversarial loss, where there is one
 ADAM_BETAS = (0.9, 0.99)  # a second moment that forgets the steep first steps: +0.3 dB in 4 epochs of CIFAR-10
@@ -147,7 +146,7 @@ class Experiment:
         run.log({f"valid/{name}": value for name, value in values.items()})
         run.log_picture("original", report.image_rows([metrics.as_8bit(shown)]))
         run.log_picture("reconstruction", report.image_rows([self.reconstruct(shown)]))
-        run.print_epoch({name: values[name] for name in ("loss", *TABLE)}, improved)
+        run.print_epoch({name: values[name] for name in ("loss", *reported())}, improved)
 
     def report(self):
         """Measure the best epoch, once, on the test split: results.json, a picture and a table."""
@@ -157,8 +156,8 @@ class Experiment:
         run.log({"loss/test/reconstruction": values["loss"], "loss/test/quantization": values["quantization"]})
         x = self.data.test.examples(PICTURES)
         picture = report.save_picture(run.models / "reconstructions.png", [metrics.as_8bit(x), self.reconstruct(x)])
-        results = run.finish(values, TABLE)
-        print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in TABLE]))
+        results = run.finish(values, reported())
+        print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in reported()]))
         print(f"\n{results['ms_per_step']:.4g} ms a step, {run.seconds:.4g} s of training on {self.device}")
         print(f"picture (original above, reconstruction below): {picture}\ncurves: tensorboard --logdir {run.logs}")
 

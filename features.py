@@ -1,6 +1,7 @@
-"""Feature networks that Fréchet and kernel distances are measured through.
+"""Judges: networks through whose features reconstructions are compared with originals, and how.
 
 Distances through one network, input size and number of images compare with one another and with nothing else.
+To add a network: write a function of a data set and its source that returns it, and give it a row in `FEATURES`.
 """
 import io
 import warnings
@@ -12,8 +13,11 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from classifier import open_classifier
+
 CPU_BATCH = 16  # images at a time whose activations a processor's cache can hold: 2 to 3 times as fast as 128
 SUBSET, SUBSETS = 1000, 20  # images a subset and subsets of the kernel distance
+PROJECTIONS, PROJECTIONS_AT_ONCE = 1024, 128  # of the sliced Wasserstein distance
 
 
 class EffNetLite0(nn.Module):
@@ -71,8 +75,57 @@ class Inception(nn.Module):
         return self.network((x.expand(-1, 3, -1, -1) * 255).round().byte())
 
 
-FEATURES = {"effnet-lite0": EffNetLite0, "inception": Inception}
+FEATURES = {
+    "effnet-lite0": lambda data, source: EffNetLite0(),
+    "inception": lambda data, source: Inception(),
+    "classifier": open_classifier,
+}
+PERCEPTUAL = "effnet-lite0"  # the network of vqgan.py's perceptual loss: no fair judge of what was trained with it
+OWN_JUDGE = "†"  # marks such a figure in tables
 
+
+def open_network(name, data, source):
+    """A network of `FEATURES` on the device of the data, channels last; its `description` says what it is."""
+    network = FEATURES[name](data, source)
+    return network.to(data.train.device, memory_format=torch.channels_last)
+
+
+def trained_through(args):
+    """Name of the network that a run's flags (a dict) had it trained through, or None."""
+    return PERCEPTUAL if args.get("perceptual_weight") else None
+
+
+class Judge:
+    """Says how far reconstructions of a split lie from their originals in the features of a network.
+
+    Args:
+        name: of its figures. network: images (B, C, H, W) in [0, 1] -> features (B, D); with a `logits` it classifies.
+        loader: the split, yields x (B, C, H, W) in [-1, 1] and labels (B,).
+    """
+
+    @torch.no_grad()
+    def __init__(self, name, network, loader):
+        self.name, self.network = name, network
+        real, labels = zip(*((network((x + 1) / 2), label) for x, label in loader))
+        self.real, self.labels = torch.cat(real), torch.cat(labels)
+
+    @torch.no_grad()
+    def figures(self, fake):
+        """Figures by name of features (N, D) of the reconstructions, in the order of the split.
+
+        `frechet_and_kernel_distance`, `sliced_wasserstein`; of a classifier accuracy and original_accuracy, the shares
+        of reconstructions and of originals that it gives their class.
+        """
+        figures = frechet_and_kernel_distance(fake, self.real)
+        figures["sliced_wasserstein"] = sliced_wasserstein(fake, self.real)
+        if hasattr(self.network, "logits"):
+            for name, features in (("accuracy", fake), ("original_accuracy", self.real)):
+                right = self.network.logits(features).argmax(1) == self.labels
+                figures[name] = float(right.float().mean())
+        return figures
+
+
+# --- distances between sets of features
 
 class _Given(nn.Module):
     """Stands for the network where features are already known."""
@@ -103,3 +156,27 @@ def frechet_and_kernel_distance(fake, real):
     mean, deviation = kernel.compute()
     return {"frechet_distance": float(frechet.compute()), "kernel_distance": float(mean),
             "kernel_distance_sd": float(deviation)}
+
+
+@torch.no_grad()
+def sliced_wasserstein(fake, real, projections=PROJECTIONS, seed=0):
+    """Squared sliced Wasserstein distance of features (N, D) of reconstructions and of originals: 0 at equality.
+
+    D times the mean over random directions u of the squared 2-Wasserstein distance of the projections,
+    mean_i (sort(fake u)_i - sort(real u)_i)^2 (Bonneel et al. 2015; with deep features arXiv 2605.06797). Squared as
+    the Fréchet distance is, and D times so that, as there, a shift by m counts |m|^2. It assumes no Gaussian and holds
+    up with few images. The directions depend on the seed and D alone.
+
+    Raises:
+        ValueError: shapes differ or are not (N, D).
+    """
+    if fake.shape != real.shape or fake.ndim != 2:
+        raise ValueError(f"sliced Wasserstein needs two sets of features of one shape (N, D), got {tuple(fake.shape)} "
+                         f"and {tuple(real.shape)}")
+    fake, real, width = fake.cpu().float(), real.cpu().float(), fake.shape[1]
+    directions = torch.randn(width, projections, generator=torch.Generator().manual_seed(seed))
+    total = 0.
+    for part in F.normalize(directions, dim=0).split(PROJECTIONS_AT_ONCE, dim=1):
+        sorted_fake, sorted_real = ((features @ part).t().sort(dim=1).values for features in (fake, real))
+        total += float((sorted_fake - sorted_real).square().mean(1).double().sum())
+    return width * total / projections

@@ -4,11 +4,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import torchmetrics.functional.image
 from PIL import Image
 
 import evaluate
 import metrics
 from conftest import call, write_images
+from harness import checkpoint
 from modules import VectorQuantizedVAE
 from reconstruct import reach, reconstruct
 
@@ -40,6 +42,43 @@ def test_one_table_picture_and_file_of_several_models(folder):
         assert low <= figures["psnr"] <= high and figures["frechet_distance"] > 0
         assert figures["ms_per_step"] == trained["ms_per_step"]
     assert Image.open(folder / "evaluation" / "models.png").size[1] > 3 * 96
+
+
+def test_a_split_and_a_runs_folder_are_taken_by_name(folder):
+    for split in ("test", "valid"):
+        code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--split", split, "--no-features",
+                              "--output", split, "--device", "cpu")
+        assert code == 0 and f"{split} split, 6 images" in out, err
+    valid, test = (json.loads((folder / split / "results.json").read_text())["models"]["a"]
+                   for split in ("valid", "test"))
+    assert valid["psnr"] != test["psnr"] and test["checkpoint"] == "models/a/best.pt"
+
+
+def test_a_judge_that_a_model_was_trained_through_is_marked(folder):
+    contents = checkpoint.load(folder / "models/a/best.pt", "vqvae")
+    (folder / "models/p").mkdir()
+    contents["args"]["perceptual_weight"] = 1.
+    checkpoint.save(folder / "models/p/best.pt", "vqvae", contents)
+    code, out, err = call(folder, "evaluate.py", "--model", "models/a", "models/p", "--device", "cpu")
+    assert code == 0, err
+    a, p = (next(line for line in out.splitlines() if line.startswith(f"| {name} ")) for name in "ap")
+    assert "†" not in a and p.count("†") == 3 and "† judged by the network" in out
+
+
+def test_what_cannot_be_evaluated_is_one_line(folder, monkeypatch):
+    (folder / "grey").mkdir()
+    for i in range(30):
+        Image.new("L", (16, 16), i).save(folder / "grey" / f"{i}.png")
+    code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--data-folder", "grey")
+    assert code == 2 and "images of 3 channels, those in grey have 1" in err and err.count("\n") == 1
+    code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--features", "classifier", "--device", "cpu")
+    assert code == 2 and "at least two classes, this one has none" in err
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no network:\ntry later")
+    monkeypatch.setattr(torchmetrics.functional.image, "learned_perceptual_image_patch_similarity", unreachable)
+    code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--lpips", "--no-features", "--device", "cpu")
+    assert code == 2 and "--lpips needs" in err and "no network: try later" in err and err.count("\n") == 1
 
 
 def test_models_of_other_data_and_missing_ones_are_refused(folder):

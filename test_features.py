@@ -1,10 +1,15 @@
 """Distances of features against closed forms."""
 import builtins
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import wasserstein_distance
+from torch import nn
 
 import features
+from harness.batches import Batches
 
 
 def test_frechet_distance_of_two_gaussians_is_the_closed_form():
@@ -53,3 +58,69 @@ def test_inception_offline_says_what_to_use(monkeypatch):
     monkeypatch.setattr(features, "FrechetInceptionDistance", unreachable)
     with pytest.raises(ValueError, match="offline, use --features effnet-lite0"):
         features.Inception()
+
+
+class Means(nn.Module):
+    """Features that are the channels' means; two classes, the redder and the greener."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+    def logits(self, means):
+        return means[:, :2]
+
+
+def test_a_judge_compares_with_the_originals_and_counts_the_classes_that_are_left():
+    pixels = torch.zeros(64, 8, 8, 3, dtype=torch.uint8)
+    pixels[:32, ..., 0], pixels[32:, ..., 1] = 200, 200
+    pixels[..., 2] = torch.arange(64, dtype=torch.uint8).view(-1, 1, 1)
+    split = Batches(pixels, torch.arange(64) // 32, 10)
+    judge = features.Judge("means", Means(), split)
+    equal = judge.figures(judge.real)
+    assert abs(equal["frechet_distance"]) < 1e-6 and equal["sliced_wasserstein"] == 0
+    assert equal["accuracy"] == equal["original_accuracy"] == 1
+    worse = judge.figures(torch.where(torch.arange(64).view(-1, 1) < 16, judge.real[:, [1, 0, 2]], judge.real))
+    assert worse["accuracy"] == 0.75 and worse["original_accuracy"] == 1 and worse["frechet_distance"] > 0.01
+
+
+def test_sliced_wasserstein_of_one_dimension_is_the_exact_distance():
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=200), random.gamma(2., size=200)
+    cost = np.subtract.outer(a, b) ** 2
+    exact = cost[linear_sum_assignment(cost)].mean()
+    found = features.sliced_wasserstein(torch.tensor(a).unsqueeze(1), torch.tensor(b).unsqueeze(1), projections=4)
+    assert found == pytest.approx(exact, rel=1e-5)
+    # Apart and of one shape: the squared distance is the square of scipy's.
+    found = features.sliced_wasserstein(torch.tensor(a + 3).unsqueeze(1), torch.tensor(a).unsqueeze(1), projections=4)
+    assert found == pytest.approx(wasserstein_distance(a + 3, a) ** 2, rel=1e-5)
+
+
+def test_sliced_wasserstein_is_zero_at_equality_in_any_order_and_squared_under_a_shift():
+    a = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+    assert features.sliced_wasserstein(a, a) == 0
+    assert features.sliced_wasserstein(a, a.flip(0)) == pytest.approx(0, abs=1e-9)
+    shift = torch.zeros(16)
+    shift[3] = 2.
+    assert features.sliced_wasserstein(a + shift, a) == pytest.approx(4, rel=0.1)  # D E[u_3^2] |m|^2
+    assert features.sliced_wasserstein(a + 2 * shift, a) == pytest.approx(
+        4 * features.sliced_wasserstein(a + shift, a), rel=1e-4)
+
+
+def test_sliced_wasserstein_sees_what_mean_and_covariance_do_not():
+    generator = torch.Generator().manual_seed(0)
+    gaussian, again = (torch.randn(2000, 2, generator=generator) for _ in range(2))
+    signs = torch.randn(2000, 2, generator=generator).sign()
+    assert features.sliced_wasserstein(signs, gaussian) > 10 * features.sliced_wasserstein(again, gaussian)
+
+
+def test_sliced_wasserstein_is_deterministic_and_leaves_the_random_state():
+    a, b = torch.randn(2, 100, 8).unbind()
+    state = torch.get_rng_state()
+    one, two = features.sliced_wasserstein(a, b), features.sliced_wasserstein(b, a)
+    assert one == features.sliced_wasserstein(a, b) == two and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("shapes", [((4, 3), (5, 3)), ((4, 3), (4, 2)), ((4,), (4,))])
+def test_sliced_wasserstein_names_wrong_shapes(shapes):
+    with pytest.raises(ValueError, match="one shape"):
+        features.sliced_wasserstein(*(torch.zeros(shape) for shape in shapes))

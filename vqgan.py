@@ -163,8 +163,8 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        from features import EffNetLite0  # slow to import, and needed here alone
-        self.network = EffNetLite0().network.requires_grad_(False)
+        from features import FEATURES, PERCEPTUAL  # slow to import, and needed here alone
+        self.network = FEATURES[PERCEPTUAL](None, None).network.requires_grad_(False)
 
     def _features(self, x):
         network = self.network

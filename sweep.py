@@ -1,0 +1,149 @@
+"""The runs of a comparison: what is compared with what, and each trained once, resumed where it was cut off."""
+import ctypes
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import as_completed
+from pathlib import Path
+
+import mixes
+from harness import checkpoint
+
+HERE = Path(__file__).parent
+PR_SET_PDEATHSIG = 1
+_training = set()  # processes at work
+
+
+class Sweep:
+    """Every mix at every rate and seed, and the baseline that it is compared with.
+
+    `mixes` is {name: mix}, a name and a mix for each rate; `series` {name without rate: {rate: name}}.
+
+    Args:
+        losses, baselines: mixes as `mixes.parse_mix` gives them. rates: texts for `mixes.parse_rate`; "" is none.
+        seeds: how many.
+    """
+
+    def __init__(self, losses, baselines, rates, seeds):
+        self.seeds, self.rates = range(seeds), rates
+        at = {rate: mixes.parse_rate(rate) if rate else {} for rate in rates}
+        named = {mixes.mix_name(mix): mix for mix in [*baselines, *losses]}
+        self.series = {name: {rate: mixes.mix_name(mix | extra) for rate, extra in at.items()}
+                       for name, mix in named.items()}
+        self.mixes = {self.series[name][rate]: mix | at[rate] for name, mix in named.items() for rate in rates}
+        self._candidates = [mixes.mix_name(mix) for mix in baselines]
+        self.best = {rate: self.series[self._candidates[0]][rate] for rate in rates}  # until `choose_baselines`
+
+    def choose_baselines(self, figures):
+        """Of several baselines, take at each rate the one of the least mean Fréchet distance."""
+        for rate in self.rates:
+            names = [self.series[name][rate] for name in self._candidates]
+            self.best[rate] = min(names, key=lambda name: self.mean(figures, name, "frechet_distance"))
+
+    def baseline_of(self, name):
+        """Name of the baseline at the rate of a mix."""
+        return next(self.best[rate] for at in self.series.values() for rate, other in at.items() if other == name)
+
+    def of(self, figures, name, key):
+        """A figure of a mix, by seed."""
+        return [figures[name, seed][key] for seed in self.seeds]
+
+    def mean(self, figures, name, key):
+        return statistics.mean(self.of(figures, name, key))
+
+    def against_baseline(self, figures, name, key, how):
+        """how(figure of the mix, figure of its baseline), by seed."""
+        return list(map(how, self.of(figures, name, key), self.of(figures, self.baseline_of(name), key)))
+
+
+# --- runs
+
+def in_turn(pool, jobs, done, runs, task):
+    """{key: result} of task(key) = (function, arguments...) for the keys of `runs`, with a line for each one done.
+
+    A line says how long the rest will take, once one has taken more than seconds.
+    """
+    results, spent, started = {}, [], time.monotonic()
+    with pool:
+        futures = {pool.submit(_timed, *task(key)): key for key in runs}
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                key = futures[future]
+                results[key], seconds = future.result()
+                spent += [seconds] if seconds > 1 else []
+                left = len(runs) - number
+                hint = f", {_duration(statistics.mean(spent) * left / jobs)} to go" if spent and left else ""
+                print(f"{done} {number}/{len(runs)}: {key[0]}, seed {key[1]} "
+                      f"({_duration(time.monotonic() - started)} so far{hint})", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_training):
+                process.terminate()  # it saves, and goes on when the comparison does
+            raise
+    return {key: results[key] for key in runs}
+
+
+def _timed(function, *args):
+    started = time.monotonic()
+    return function(*args), time.monotonic() - started
+
+
+def _duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def is_other(run, command):
+    """Whether a run's folder holds what another command began to train."""
+    known, last = run / "command.json", run / "last.pt"
+    if not known.exists() or not last.exists():
+        return False
+    return mixes.meaning(checkpoint.load_json(known)) != mixes.meaning(command)
+
+
+def check(run, command):
+    """ValueError where the folder holds a run of other flags that has been trained for a step or more."""
+    if is_other(run, command) and checkpoint.load(run / "last.pt", "vqvae")["counters"]["step"]:
+        raise ValueError(f"{run} was trained with other flags: give another --output, or remove it")
+
+
+def train(run, command, threads):
+    """An ordinary run in its own folder, what it prints in output.txt: done once, resumed if it was cut off.
+
+    Raises:
+        ValueError: training failed.
+    """
+    if (run / "results.json").exists():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    how = "--overwrite" if is_other(run, command) else "--resume"
+    checkpoint.save_json(run / "command.json", command)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    # In a session of its own: Ctrl-C reaches this process, which stops all runs, and not each of them as well.
+    with open(run / "output.txt", "a") as output, subprocess.Popen(
+            [sys.executable, str(HERE / command[0]), *command[1:], how, "--output-folder",
+             str(run.relative_to("models"))], stdout=output, stderr=subprocess.PIPE, text=True, env=environment,
+            start_new_session=True, preexec_fn=end_with_parent()) as process:
+        _training.add(process)
+        errors = process.communicate()[1].strip().splitlines() or ["training failed"]
+        _training.discard(process)
+    if process.returncode:
+        raise ValueError(f"{run}: {next((line for line in errors if ': error: ' in line), errors[-1])}")
+
+
+def end_with_parent():
+    """A function for the child of a process to call first: on Linux, SIGTERM then comes if its parent is killed.
+
+    So a comparison that is started again does not find the run still at work.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def ask():
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # gone before it was asked
+            os._exit(1)
+    return ask

@@ -1,0 +1,85 @@
+"""Mixes of losses as text, and the commands that they stand for."""
+import argparse
+
+import pytest
+
+import experiment
+import mixes
+import recipes
+from losses import TERMS
+
+
+@pytest.mark.parametrize("text, mix, name", [
+    ("ssim", {"ssim": 1.}, "ssim"), ("mse=1,ssim=0.5", {"mse": 1., "ssim": 0.5}, "mse+0.5ssim"),
+    ("l1,ms-ssim=.25", {"l1": 1., "ms-ssim": 0.25}, "l1+0.25ms-ssim"), ("vqgan", {"vqgan": 0.8}, "vqgan"),
+    ("l1,vqgan=0.1", {"l1": 1., "vqgan": 0.1}, "l1+0.1vqgan"),
+    ("ssim,sharpen=0.1", {"ssim": 1., "sharpen": 0.1}, "ssim+0.1sharpen"), ("mse=", {"mse": 1.}, "mse"),
+    ("mse=5,lr=1e-3", {"mse": 5., "lr": 1e-3}, "5mse,lr=0.001"),
+    ("l1,k=4096,quantizer=cosine", {"l1": 1., "k": 4096, "quantizer": "cosine"}, "l1,k=4096,quantizer=cosine"),
+    ("k=64", {"k": 64}, "mse,k=64"), ("mse,vqgan,perceptual", {"mse": 1., "vqgan": 0.8, "perceptual": 1.},
+                                     "mse+vqgan+perceptual"),
+    ("recommended,vqgan,disc-start=0.8", {"recipe": "recommended", "vqgan": 0.8, "disc-start": 0.8},
+     "recommended+vqgan,disc-start=0.8")])
+def test_mixes(text, mix, name):
+    assert mixes.parse_mix(text) == mix and mixes.mix_name(mix) == name
+
+
+@pytest.mark.parametrize("text, says", [
+    ("sharp", "no loss term 'sharp'"), ("mse=-1", "weight of mse"), ("mse=nan", "weight of mse"),
+    ("mse=0", "weight of mse"), ("mse;ssim", "no loss term"), ("mse=1,,ssim", "no loss term ''"),
+    ("sharpen=0.3", "structural"), ("ssim=1,ssim=2", "ssim stands twice"), ("mse,lr=fast", "value of lr"),
+    ("mse,k=1.5", "value of k"), ("mse,lr", "value of lr"), ("mse,disc-start=0.5", "add vqgan"),
+    ("mse,recommended", "no loss term 'recommended'"), ("recommended=2", "no loss term 'recommended'")])
+def test_wrong_mixes_are_named(text, says):
+    with pytest.raises(ValueError, match=says):
+        mixes.parse_mix(text)
+
+
+def test_rates_name_the_model_alone():
+    assert mixes.parse_rate("k=64,downsample=8") == {"k": 64, "downsample": 8}
+    with pytest.raises(ValueError, match="--rates takes"):
+        mixes.parse_rate("k=64,ssim=1")
+
+
+def test_presets():
+    report = mixes.PRESETS["report"]()
+    assert len(report) == 28 and {"mse": 1., "haarpsi": 0.25} in report and {"gmsd": 1.} in report
+    baselines = mixes.PRESETS["baselines"]()
+    assert len(baselines) == 18 and {"l1": 20., "lr": 4e-3} in baselines
+    assert all(mixes.parse_mix(mixes.mix_name({"mse": 1.})) for _ in baselines)
+
+
+def test_a_command_trains_what_the_mix_says_and_a_mix_wins_over_the_flags():
+    script, flags, _ = mixes.meaning(mixes.command_of(
+        mixes.parse_mix("ssim=0.5,sharpen=0.3,lr=1e-3"), 3, ["--lr", "1e-2", "--beta", "0.7"], ["--disc-start", "1"]))
+    weights = {name: flags[f"{name.replace('-', '_')}_weight"] for name in TERMS}
+    assert script == "vqvae.py" and weights == dict.fromkeys(TERMS, 0.) | {"ssim": 0.5}
+    assert (flags["sharpen"], flags["lr"], flags["beta"], flags["seed"]) == (0.3, 1e-3, 0.7, 3)
+    assert flags["lr_schedule"] == "cosine" and flags["flip"]
+
+
+@pytest.mark.parametrize("recipe", ["recommended", "recommended-photos"])
+def test_a_recipe_as_a_mix_is_the_script_with_that_recipe(recipe):
+    parser = argparse.ArgumentParser()
+    experiment.add_arguments(parser, output_folder="")
+    plain = vars(recipes.parse_args(parser, ["--recipe", recipe, "--lr", "1e-3"]))
+    flags = mixes.meaning(mixes.command_of(mixes.parse_mix(f"{recipe},lr=1e-3"), 0, [], []))[1]
+    assert flags == {name: value for name, value in plain.items() if name != "recipe"}
+
+
+def test_what_the_discriminator_needs_goes_to_vqgan_alone():
+    mix = mixes.parse_mix("l1,vqgan=0.1,disc-start=0.8,perceptual=2")
+    command = mixes.command_of(mix, 0, ["--k", "64"], ["--disc-layers", "3"])
+    assert command[0] == "vqgan.py" and command[1:3] == ["--disc-layers", "3"]
+    pairs = dict(zip(command, command[1:]))
+    assert (pairs["--disc-weight"], pairs["--disc-start"], pairs["--perceptual-weight"]) == ("0.1", "0.8", "2")
+
+
+def test_commands_are_equal_by_what_they_mean():
+    old = ["vqvae.py", "--lr", "2e-3", "--lr-schedule", "cosine", "--beta", "0.1", "--flip", "--warmup-steps", "0.1"]
+    old += [part for name in TERMS for part in (f"--{name}-weight", "1" if name == "mse" else "0")]
+    new = mixes.command_of({"mse": 1.}, 0, [], [])
+    assert mixes.meaning([*old, "--seed", "0"]) == mixes.meaning(new)
+    assert mixes.meaning([*old, "--seed", "1"]) != mixes.meaning(new)
+    with pytest.raises(SystemExit):
+        mixes.meaning([*new, "--nonsense", "1"])

@@ -1,0 +1,90 @@
+"""Runs of a comparison: baselines, times, and training that ends with whoever started it."""
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import mixes
+import sweep
+from conftest import HERE, write_images
+from harness import checkpoint
+
+
+def test_each_rate_has_the_best_of_the_baselines_at_that_rate():
+    runs = sweep.Sweep([{"ssim": 1.}], [{"mse": 1.}, {"mse": 5.}], ["k=8", "k=16"], 2)
+    assert list(runs.mixes) == ["mse,k=8", "mse,k=16", "5mse,k=8", "5mse,k=16", "ssim,k=8", "ssim,k=16"]
+    assert runs.mixes["ssim,k=8"] == {"ssim": 1., "k": 8} and runs.baseline_of("ssim,k=16") == "mse,k=16"
+    figures = {(name, seed): {"frechet_distance": 10. + seed} for name in runs.mixes for seed in runs.seeds}
+    figures["5mse,k=16", 0]["frechet_distance"] = 5.
+    figures["ssim,k=16", 0]["frechet_distance"] = 2.
+    runs.choose_baselines(figures)
+    assert runs.baseline_of("ssim,k=8") == "mse,k=8" and runs.baseline_of("mse,k=16") == "5mse,k=16"
+    assert runs.against_baseline(figures, "ssim,k=16", "frechet_distance", lambda a, b: a / b) == [0.4, 1.]
+
+
+def test_what_is_done_is_told_with_the_time_that_is_left(capsys):
+    runs = {("a", 0): 1.2, ("b", 0): 0., ("c", 0): 0.}
+    results = sweep.in_turn(ThreadPoolExecutor(1), 1, "slept", runs, lambda key: (time.sleep, runs[key]))
+    assert list(results) == list(runs)
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first == "slept 1/3: a, seed 0 (1 s so far, 2 s to go)" and "1 s to go" in second and "to go" not in last
+
+
+def test_one_failure_ends_the_rest():
+    def fail(key):
+        raise ValueError(key[0])
+    with pytest.raises(ValueError, match="bad"):
+        sweep.in_turn(ThreadPoolExecutor(1), 1, "x", {("bad", 0): 1, ("b", 0): 2}, lambda key: (fail, key))
+
+
+def test_a_command_that_never_trained_locks_nothing(tmp_path):
+    one, two = (mixes.command_of({"mse": 1.}, 0, ["--lr", lr], []) for lr in ("1e-3", "2e-3"))
+    checkpoint.save_json(tmp_path / "command.json", one)
+    sweep.check(tmp_path, two)
+    for step in (0, 1):
+        checkpoint.save(tmp_path / "last.pt", "vqvae", {"counters": {"step": step}})
+        sweep.check(tmp_path, one)
+        if not step:
+            sweep.check(tmp_path, two)
+    with pytest.raises(ValueError, match="other flags"):
+        sweep.check(tmp_path, two)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells a child that its parent is gone")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_training_ends_with_the_comparison_that_started_it(tmp_path, number):
+    write_images(tmp_path, 40)
+    process = subprocess.Popen([sys.executable, str(HERE / "compare.py"), "--losses", "mse", "--dataset", "folder",
+                                "--data-folder", "images", "--hidden-size", "8", "--batch-size", "8", "--device",
+                                "cpu", "--num-epochs", "100000"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    run = tmp_path / "models" / "comparison" / "mse-seed0"
+    try:
+        wait_for(lambda: (run / "output.txt").exists() and "epoch 1/" in (run / "output.txt").read_text())
+        trained = [int(child) for children in Path(f"/proc/{process.pid}/task").glob("*/children")
+                   for child in children.read_text().split()]
+        assert trained
+    finally:
+        process.send_signal(number)
+        status = process.wait()
+    wait_for(lambda: not any(alive(child) for child in trained))
+    assert status == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
+    left = checkpoint.load(run / "last.pt", "vqvae")["counters"]
+    assert left["epoch"] < 100000 and (left["step"] > 4 or number == signal.SIGKILL)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
