@@ -14,7 +14,8 @@ from losses import TERMS, ReconstructionLoss, ms_ssim_weights
 from modules import VectorQuantizedVAE
 from quantizers import QUANTIZERS, settings_of
 
-MONITORS = {"loss": False, "mse": False, "psnr": True, "ssim": True}  # name -> larger is better
+# Name -> larger is better. "last" is the number of steps: best.pt then holds the last epoch.
+MONITORS = {"loss": False, "mse": False, "psnr": True, "ssim": True, "last": True}
 PICTURES = 12
 DISC_WEIGHT = 0.8  # of the adversarial loss, where there is one
 ADAM_BETAS = (0.9, 0.99)  # a second moment that forgets the steep first steps: +0.3 dB in 4 epochs of CIFAR-10
@@ -54,7 +55,7 @@ def add_arguments(parser, output_folder):
                        "average of the weights over the updates, say 0.999; 0 is none (default %(default)g)")
     cli.add_arguments(parser, output_folder=output_folder, lr=2e-4)
     parser.add_argument("--monitor", choices=MONITORS, help="validation value that decides which epoch best.pt keeps "
-                        "(default loss; mse under --balance, where the loss changes its unit)")
+                        "(default loss; mse under --balance, where the loss changes its unit; last in vqgan.py)")
 
 
 def weights_of(args):
@@ -141,7 +142,8 @@ class Experiment:
         """Measure the validation split, the same metrics whatever is trained; keep the best epoch."""
         run, shown = self.run, self.data.valid.examples(PICTURES)
         values = measure(self.judged, self.data.valid, self.criterion, self.autocast)[1]
-        improved = run.improved(values[self.args.monitor], MONITORS[self.args.monitor], model=self.judged)
+        monitored = values | {"last": run.step}
+        improved = run.improved(monitored[self.args.monitor], MONITORS[self.args.monitor], model=self.judged)
         run.log({"loss/valid/reconstruction": values["loss"], "loss/valid/quantization": values["quantization"]})
         run.log({f"valid/{name}": value for name, value in values.items()})
         run.log_picture("original", report.image_rows([metrics.as_8bit(shown)]))

@@ -124,7 +124,7 @@ def command_of(mix, seed, flags, vqgan_flags):
 @cache
 def _parser():
     parser = cli.Parser(allow_abbrev=False)
-    experiment.add_arguments(parser, output_folder="")
+    experiment.add_arguments(parser, output_folder="run")
     return parser
 
 

@@ -61,7 +61,7 @@ def test_a_command_trains_what_the_mix_says_and_a_mix_wins_over_the_flags():
 @pytest.mark.parametrize("recipe", ["recommended", "recommended-photos"])
 def test_a_recipe_as_a_mix_is_the_script_with_that_recipe(recipe):
     parser = argparse.ArgumentParser()
-    experiment.add_arguments(parser, output_folder="")
+    experiment.add_arguments(parser, output_folder="run")
     plain = vars(recipes.parse_args(parser, ["--recipe", recipe, "--lr", "1e-3"]))
     flags = mixes.meaning(mixes.command_of(mixes.parse_mix(f"{recipe},lr=1e-3"), 0, [], []))[1]
     assert flags == {name: value for name, value in plain.items() if name != "recipe"}

@@ -1,6 +1,8 @@
 """vqgan.py: who gets which gradient, the adaptive weight, and runs that equal vqvae.py's until it starts."""
 import json
+import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +79,34 @@ def test_a_run_logs_and_keeps_the_discriminator(folder):
     assert events.Scalars("vqgan/lambda")[0].step == 4  # logged every other step, active from the third on
     assert json.loads((folder / "models/vqgan/results.json").read_text())["psnr"] > 0
     VectorQuantizedVAE.rebuild(found)  # evaluate.py, reconstruct.py and the prior take it as any other
+
+
+def test_the_discriminator_starts_at_its_share_of_the_training_and_its_rate_falls_with_the_others(folder):
+    code, out, err = call(folder, "vqgan.py", *GAN, "--disc-start", "0.5", "--lr-schedule", "cosine", "--warmup-steps",
+                          "2", "--disc-lr", "3e-3")
+    assert code == 0, err
+    events = EventAccumulator(str(folder / "logs/vqgan"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("vqgan/lambda")] == [6, 8, 10]  # of 12 steps, every other logged
+    last = checkpoint.load(folder / "models/vqgan/last.pt", "vqvae")
+    rate, disc_rate = (last[name]["param_groups"][0]["lr"] for name in ("optimizer", "disc_optimizer"))
+    assert disc_rate == pytest.approx(3 * rate) and rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * 9 / 10)) / 2)
+
+
+def test_a_share_of_the_time_where_time_is_the_budget():
+    run = SimpleNamespace(step=1000, progress=lambda loader: 0.79)
+    assert not vqgan.has_started(run, None, 0.8) and vqgan.has_started(run, None, 0.79)
+    assert vqgan.has_started(run, None, 1000) and not vqgan.has_started(run, None, 1001)
+
+
+def test_what_is_judged_is_the_last_epoch(folder):
+    code, out, err = call(folder, "vqgan.py", *GAN, "--disc-start", "0", "--lr", "0.05", "--num-epochs", "4")
+    assert code == 0, err
+    epochs = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 4 and all(line.endswith("best") for line in epochs)
+    best, last = (checkpoint.load(folder / "models/vqgan" / name, "vqvae") for name in ("best.pt", "last.pt"))
+    assert best["counters"]["step"] == last["counters"]["step"] == 24
+    assert all(torch.equal(best["model"][name], value) for name, value in last["model"].items())
 
 
 def test_before_the_discriminator_starts_a_run_is_vqvaes(folder):

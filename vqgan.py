@@ -18,8 +18,8 @@ def parse_args():
     group = parser.add_argument_group("adversarial and perceptual loss")
     group.add_argument("--disc-weight", type=cli.not_negative, default=experiment.DISC_WEIGHT, metavar="W",
                        help="of the adversarial loss, on top of its adaptive weight (default %(default)s)")
-    group.add_argument("--disc-start", type=cli.whole, default=1000, metavar="STEPS",
-                       help="steps before the discriminator starts (default %(default)s)")
+    group.add_argument("--disc-start", type=cli.steps_or_share, default=0.5, metavar="N", help="steps before the "
+                       "discriminator starts; below 1, a share of the training (default %(default)s)")
     group.add_argument("--disc-cap", type=cli.positive, default=1e4, metavar="C",
                        help="largest adaptive weight (default %(default)g)")
     group.add_argument("--disc-hidden-size", type=cli.positive_int, default=64, help="(default %(default)s)")
@@ -28,6 +28,7 @@ def parse_args():
     group.add_argument("--disc-lr", type=cli.positive, help="(default --lr)")
     group.add_argument("--perceptual-weight", type=cli.not_negative, default=0., metavar="W",
                        help="of a distance of EfficientNet-Lite0 features, pretrained (default %(default)g)")
+    parser.set_defaults(monitor="last")  # no fixed metric sees what a discriminator adds: keep all of the training
     return recipes.parse_args(parser)
 
 
@@ -48,7 +49,8 @@ def main():
         model.train()
         for x, _ in run.batches(setup.data.train):
             run.schedule_lr(optimizer, setup.data.train)
-            adversarial = run.step >= args.disc_start
+            run.schedule_lr(disc_optimizer, setup.data.train, args.disc_lr)
+            adversarial = has_started(run, setup.data.train, args.disc_start)
             with setup.autocast():
                 x_tilde, z_e, z_q = model(x)
 
@@ -88,6 +90,11 @@ def main():
                 run.show(loss=loss)
         setup.validate()
     setup.report()
+
+
+def has_started(run, loader, start):
+    """Whether the discriminator takes part at this step; `start` is in steps or, below 1, a share of the training."""
+    return (run.progress(loader) if start < 1 else run.step) >= start
 
 
 def generator_loss(discriminator, x_tilde, autocast):

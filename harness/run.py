@@ -182,6 +182,12 @@ class Run:
     def _epoch_name(self):
         return f"epoch {self.epoch + 1}" + ("" if self.args.minutes else f"/{self.args.num_epochs}")
 
+    def progress(self, loader):
+        """Share of the training that is done, in [0, 1]: of the batches of all epochs, or of the time of --minutes."""
+        if self.args.minutes:
+            return min(1., self._time_share())
+        return (self.epoch * len(loader) + self.batch) / (self.args.num_epochs * len(loader))
+
     def schedule_lr(self, optimizer, loader, lr=None):
         """Set the learning rate of this step: linear warm-up, then constant or half a cosine down to zero at the end.
 
@@ -192,7 +198,7 @@ class Run:
         args, warmup = self.args, self.args.warmup_steps
         step, steps = self.epoch * len(loader) + self.batch, args.num_epochs * len(loader)
         if args.minutes:
-            done = min(1., self._time_share())
+            done = self.progress(loader)
             rise = done / warmup if 0 < warmup < 1 else (step + 1) / (warmup + 1)
             share = max(0., done - warmup) / (1 - warmup) if warmup < 1 else done
         else:
