@@ -61,7 +61,8 @@ def parse_args():
     parser.add_argument("--vqgan-flags", type=shlex.split, default=[], metavar="FLAGS",
                         help='for vqgan.py alone, say "--minutes 5 --disc-start 0.8"')
     parser.add_argument("--output", default="comparison", metavar="NAME",
-                        help="runs go to models/NAME/, tables and picture too (default %(default)s)")
+                        help="runs go to models/NAME/, tables and pictures too, those of "
+                        "the test split to models/NAME/test/ (default %(default)s)")
     args, flags = parser.parse_known_args()
     for flag in (flag.split("=")[0] for flag in (*flags, *args.vqgan_flags)):
         if flag in ("--output-folder", "--seed", "--resume", "--overwrite", "--recipe"):
@@ -97,10 +98,12 @@ def main():
     tables = tables_of(sweep, figures, judged, note, args.preset == "report") | {
         "cosines": (gradient_cosines(open_model(runs[first, 0], split), split), "Mean cosine between the terms' "
                     f"gradients at the reconstructions of {first}, seed 0: 1 is one direction, -1 the opposite.")}
-    text = report.write_tables(folder, tables, [{"loss": name, "seed": seed} | values
+    tables_folder = folder if args.split == "valid" else folder / args.split
+    tables_folder.mkdir(exist_ok=True)
+    text = report.write_tables(tables_folder, tables, [{"loss": name, "seed": seed} | values
                                                 for (name, seed), values in figures.items()])
-    picture = draw_picture(folder / "picture.png", [runs[name, 0] for name in sweep.mixes], split)
-    plot = draw_pareto(folder / "pareto.png", sweep, figures)
+    picture = draw_picture(tables_folder / "picture.png", [runs[name, 0] for name in sweep.mixes], split)
+    plot = draw_pareto(tables_folder / "pareto.png", sweep, figures)
     print(f"\n{text}picture (originals, then {', '.join(sweep.mixes)}; below, their middles enlarged): {picture}\n"
           f"plot: {plot}")
 

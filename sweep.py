@@ -104,7 +104,11 @@ def is_other(run, command):
 
 
 def check(run, command):
-    """ValueError where the folder holds a run of other flags that has been trained for a step or more."""
+    """ValueError where the folder holds a run of other flags that has been trained for a step or more.
+
+    A command with a wrong flag ends the script.
+    """
+    mixes.meaning(command)
     if is_other(run, command) and checkpoint.load(run / "last.pt", "vqvae")["counters"]["step"]:
         raise ValueError(f"{run} was trained with other flags: give another --output, or remove it")
 

@@ -89,8 +89,8 @@ def test_kept_figures_never_survive_a_change(folder, monkeypatch):
         measured.clear()
         code, out, err = call(folder, "compare.py", "--losses", "l1=1,ssim=0.5", *FLAGS, *flags)
         assert code == 0, err
-        return sorted(measured), {row["loss"]: row for row in
-                                  json.loads((folder / "models/sweep/table.json").read_text())["runs"]}
+        tables = folder / "models" / "sweep" / ("test" if "test" in flags else "")
+        return sorted(measured), {row["loss"]: row for row in json.loads((tables / "table.json").read_text())["runs"]}
     both = ["l1+0.5ssim-seed0", "mse-seed0"]
     nothing, valid = compared()
     assert nothing == []

@@ -58,7 +58,7 @@ def test_a_command_trains_what_the_mix_says_and_a_mix_wins_over_the_flags():
     assert flags["lr_schedule"] == "cosine" and flags["flip"]
 
 
-@pytest.mark.parametrize("recipe", ["recommended", "recommended-photos"])
+@pytest.mark.parametrize("recipe", sorted(set(recipes.RECIPES) - set(TERMS)))
 def test_a_recipe_as_a_mix_is_the_script_with_that_recipe(recipe):
     parser = argparse.ArgumentParser()
     experiment.add_arguments(parser, output_folder="run")

@@ -30,6 +30,13 @@ def test_only_what_both_reach_counts():
     assert delta_rate(rates, qualities, other_rates, other) == pytest.approx(100 * (np.exp(mean) - 1), rel=1e-6)
 
 
+def test_published_example():
+    # Rates (kbit/s) and PSNR (dB) of the readme of the bjontegaard package, and what its 1.3 makes of them (pchip).
+    ours = [9787.80, 4469.00, 2451.52, 1356.24], [40.121, 38.651, 36.970, 34.987]
+    reference = [9487.76, 4593.60, 2486.44, 1358.24], [40.037, 38.615, 36.845, 34.851]
+    assert delta_rate(*ours, *reference) == pytest.approx(-4.417485, abs=1e-6)
+
+
 @pytest.mark.parametrize("curve, says", [
     (([1, 2], [20, 21]), "do not overlap"), (([1, 2, 3], [10, 12, 11]), "does not rise"), (([1], [10]), "two or more"),
     (([0, 1], [10, 11]), "positive")])

@@ -1,0 +1,104 @@
+#!/bin/sh
+# The tables of RESULTS.md, each a command. Run it again after a stop: what is trained is not trained twice.
+#
+#   ./study.sh --quick                 every question in small, on photographs that ship with scikit-image
+#   ./study.sh CIFAR [PHOTOGRAPHS]     every question, on folders with train/ and test/ and on larger photographs
+#
+# Everything is chosen on the validation split; `claim` alone looks at test. Environment: PYTHON, JOBS (runs at a time),
+# SEEDS, BASELINE and MIX (the loss to beat and the one that should, as compare.py takes them), ONLY (some of the
+# questions, say ONLY="lasts rates").
+set -eu
+PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-mse=5} MIX=${MIX:-recommended}
+QUESTIONS="baselines lasts claim width rates quantizers instead photographs prior"
+
+case ${1:-} in
+--quick)
+    DATA="--dataset photos --image-size 32 --limit 2048 --batch-size 64 --hidden-size 32"
+    JUDGES="effnet-lite0" SEEDS=${SEEDS:-2} LENGTHS="1 2" SHORT=1 LONG=2 WIDTH=64 PHOTO_MIX=$MIX
+    MINUTES="0.1 0.2" CODES="64 256" QUESTIONS="baselines lasts claim width rates quantizers instead prior"
+    PRIOR="--hidden-size-prior 16 --num-layers 4 --num-epochs 1" ;;
+-* | "")
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2 ;;
+*)
+    DATA="--dataset folder --data-folder $1 --hidden-size 64"
+    JUDGES="effnet-lite0 classifier" SEEDS=${SEEDS:-3} LENGTHS="4 12 30 60" SHORT=4 LONG=12 WIDTH=256
+    MINUTES="5 30" CODES="64 512 4096" PHOTO_MIX=recommended-photos PRIOR="--num-epochs 20"
+    PHOTOS=${2:-}
+    [ -n "$PHOTOS" ] || QUESTIONS=$(echo "$QUESTIONS" | sed 's/photographs//') ;;
+esac
+
+# compare NAME FLAG...: the tables of models/study/NAME, those of the test split in models/study/NAME/test.
+compare() {
+    name=$1
+    shift
+    echo "== $name: compare.py $*"
+    "$PYTHON" compare.py --output "study/$name" --jobs "$JOBS" --features $JUDGES "$@"
+}
+
+# How strong is a pixel loss at its best? Weight and learning rate of MSE and of L1.
+baselines() { compare baselines --preset baselines $DATA --num-epochs $SHORT; }
+
+# Does it last? The ratio to the baseline against the length of training.
+lasts() {
+    for epochs in $LENGTHS; do
+        compare "epochs-$epochs" --baseline $BASELINE --losses $MIX --seeds $SEEDS $DATA --num-epochs "$epochs"
+    done
+}
+
+# The claim: the same runs at two lengths, once, on test.
+claim() {
+    for epochs in $SHORT $LONG; do
+        compare "epochs-$epochs" --split test --baseline $BASELINE --losses $MIX --seeds $SEEDS $DATA \
+            --num-epochs "$epochs"
+    done
+}
+
+# Does it hold in a wider network?
+width() { compare width --baseline $BASELINE --losses $MIX $DATA --hidden-size $WIDTH --num-epochs $LONG; }
+
+# At every rate? Curves, and bits saved at equal PSNR, SSIM and Fréchet distance.
+rates() {
+    rates=$(for k in $CODES; do echo "k=$k"; done)
+    compare rates --baseline $BASELINE --losses $MIX --rates $rates --seeds $SEEDS $DATA --num-epochs $SHORT
+    compare coarse --baseline $BASELINE --losses $MIX $DATA --downsample 8 --num-epochs $SHORT
+}
+
+# Under every quantizer? Each beside the baseline under the same one.
+quantizers() {
+    for quantizer in ema gradient cosine fsq rotation; do
+        compare "quantizer-$quantizer" --baseline $BASELINE --losses $MIX $DATA --quantizer $quantizer \
+            --num-epochs $SHORT
+    done
+}
+
+# What else would one use in the same time? The published training loop as it is; a VQGAN, with and without its
+# perceptual term and at two weights of its discriminator; the mix, the last fifth of it under a discriminator.
+instead() {
+    for minutes in $MINUTES; do
+        compare "minutes-$minutes" --baseline $BASELINE --losses $MIX ancestor vqgan mse,vqgan=0.1 \
+            mse,vqgan,perceptual "$MIX,vqgan,disc-start=0.8" $DATA --minutes "$minutes"
+    done
+}
+
+# On photographs of 128x128? Watch the colours (saturation ratio).
+photographs() {
+    compare photographs --baseline $BASELINE --losses $PHOTO_MIX $MIX --seeds $SEEDS --dataset folder \
+        --data-folder "$PHOTOS" --image-size 128 --hidden-size 64 --batch-size 16 --num-epochs 120
+}
+
+# Does it help the prior? The same PixelCNN on the codes of both.
+prior() {
+    for run in models/study/epochs-$LONG/*-seed0; do
+        name=study/prior/$(basename "$run")
+        echo "== prior: $name"
+        "$PYTHON" pixelcnn_prior.py --model "$run" --output-folder "$name" --resume $PRIOR
+        case $JUDGES in
+        *classifier*) "$PYTHON" class_agreement.py --model "$run" --prior "models/$name" ;;
+        esac
+    done
+}
+
+for question in ${ONLY:-$QUESTIONS}; do
+    "$question"
+done

@@ -1,0 +1,44 @@
+"""study.sh: every command of it is understood, without a run of any."""
+import subprocess
+import sys
+
+import pytest
+
+import compare
+import mixes
+from conftest import HERE
+from sweep import Sweep
+
+
+def commands(folder, *arguments, **environment):
+    """What study.sh would run, were Python not an echo."""
+    done = subprocess.run(["sh", str(HERE / "study.sh"), *arguments], cwd=folder, text=True, capture_output=True,
+                          env={"PATH": "/usr/bin:/bin", "PYTHON": "echo", **environment})
+    lines = [line.split() for line in done.stdout.splitlines() if not line.startswith("==")]
+    return done.returncode, lines, done.stderr
+
+
+@pytest.mark.parametrize("arguments, questions", [(("--quick",), 15), (("CIFAR", "PHOTOS"), 18)])
+def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions):
+    code, found, err = commands(tmp_path, *arguments)
+    assert code == 0, err
+    compared = [command for command in found if command[0] == "compare.py"]
+    assert len(compared) == questions and any("pixelcnn_prior.py" in command for command in found)
+    splits = []
+    for command in compared:
+        monkeypatch.setattr(sys, "argv", command)
+        args, flags = compare.parse_args()
+        losses = mixes.PRESETS[args.preset]() if args.preset else map(mixes.parse_mix, args.losses)
+        sweep = Sweep(list(losses), list(map(mixes.parse_mix, args.baseline)), args.rates, args.seeds)
+        for mix in sweep.mixes.values():
+            mixes.meaning(mixes.command_of(mix, 0, flags, args.vqgan_flags))
+        splits.append(args.split)
+    assert splits.count("test") == 2  # the claim, at two lengths
+
+
+def test_questions_are_asked_by_name_and_usage_is_told(tmp_path):
+    code, found, _ = commands(tmp_path, "--quick", ONLY="rates", MIX="l1,ssim=0.5")
+    assert code == 0 and len(found) == 2 and "l1,ssim=0.5" in found[0] and found[0][-4:] == ["--hidden-size", "32",
+                                                                                             "--num-epochs", "1"]
+    code, found, err = commands(tmp_path)
+    assert code == 2 and not found and "./study.sh --quick" in err and "ONLY" in err
