@@ -156,8 +156,8 @@ class Data:
 def fingerprint(name, source):
     """What a data set's images depend on, as text: changes when a file in its folder does."""
     description = [name, str(source.image_size), str(source.skip_broken)]
-    if name != BUILT_IN:
-        for path in find_files(existing(source.folder))[0]:
+    if Path(source.folder).is_dir() and name != BUILT_IN:  # a data set may make its images without one
+        for path in find_files(source.folder)[0]:
             status = os.stat(path)
             description.append(f"{path} {status.st_size} {status.st_mtime_ns}")
     return hashlib.sha256("\n".join(description).encode(errors="surrogateescape")).hexdigest()

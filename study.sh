@@ -2,7 +2,7 @@
 # The tables of RESULTS.md, each a command. Run it again after a stop: what is trained is not trained twice.
 #
 #   ./study.sh --quick                 every question in small, on photographs that ship with scikit-image
-#   ./study.sh CIFAR [PHOTOGRAPHS]     every question, on folders with train/ and test/ and on larger photographs
+#   ./study.sh CIFAR [PHOTOGRAPHS]     every question, on folders of small images with classes and of photographs
 #
 # Everything is chosen on the validation split; `claim` alone looks at test. Environment: PYTHON, JOBS (runs at a time),
 # SEEDS, BASELINE and MIX (the loss to beat and the one that should, as compare.py takes them), ONLY (some of the
@@ -21,7 +21,7 @@ case ${1:-} in
     sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2 ;;
 *)
-    DATA="--dataset folder --data-folder $1 --hidden-size 64"
+    DATA="--data-folder $1 --hidden-size 64"
     JUDGES="effnet-lite0 classifier" SEEDS=${SEEDS:-3} LENGTHS="4 12 30 60" SHORT=4 LONG=12 WIDTH=256
     MINUTES="5 30" CODES="64 512 4096" PHOTO_MIX=recommended-photos PRIOR="--num-epochs 20"
     PHOTOS=${2:-}
@@ -83,8 +83,8 @@ instead() {
 
 # On photographs of 128x128? Watch the colours (saturation ratio).
 photographs() {
-    compare photographs --baseline $BASELINE --losses $PHOTO_MIX $MIX --seeds $SEEDS --dataset folder \
-        --data-folder "$PHOTOS" --image-size 128 --hidden-size 64 --batch-size 16 --num-epochs 120
+    compare photographs --baseline $BASELINE --losses $PHOTO_MIX $MIX --seeds $SEEDS --data-folder "$PHOTOS" \
+        --image-size 128 --random-crop --hidden-size 64 --batch-size 16 --num-epochs 120
 }
 
 # Does it help the prior? The same PixelCNN on the codes of both.
