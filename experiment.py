@@ -38,6 +38,8 @@ def add_arguments(parser, output_folder):
     group.add_argument("--k", type=cli.positive_int, default=512, help="number of codes (default %(default)s)")
     group.add_argument("--downsample", type=int, choices=(4, 8, 16), default=4, help="sides of an image over those of "
                        "its latents; 4 is the published model (default %(default)s)")
+    group.add_argument("--fine-blocks", type=cli.whole, default=0, metavar="N", help="residual blocks of the decoder "
+                       "at each scale between latents and image; the published model has none (default %(default)s)")
     group.add_argument("--beta", type=cli.not_negative, default=1.0, help="weight of the commitment loss")
     group.add_argument("--quantizer", choices=QUANTIZERS, default="ema", help="how latents are found and learnt: a "
                        "codebook of moving averages, by gradient descent, ... (default %(default)s)")
@@ -68,7 +70,7 @@ def model_args_of(args, channels):
     settings = {"decay": args.codebook_decay, "data_init": not args.no_codebook_init,
                 "restart_below": args.restart_below}
     return {"input_dim": channels, "dim": args.hidden_size, "K": args.k, "downsample": args.downsample,
-            "quantizer": args.quantizer,
+            "quantizer": args.quantizer, "fine_blocks": args.fine_blocks,
             **{name: settings[name] for name in settings if name in settings_of(args.quantizer)}}
 
 

@@ -24,6 +24,7 @@ FLAGS = {
     "k": ("--k", cli.positive_int, None),
     "downsample": ("--downsample", cli.positive_int, None),
     "hidden-size": ("--hidden-size", cli.positive_int, None),
+    "fine-blocks": ("--fine-blocks", cli.whole, None),
     "average-weights": ("--average-weights", cli.share, None),
 }
 OF_VQGAN = ("perceptual", "disc-start", "disc-lr")

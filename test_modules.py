@@ -124,3 +124,19 @@ def test_channels_last_and_bfloat16_change_little():
     torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last))[0], plain, atol=1e-5, rtol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x)[2].dtype == torch.float32
+
+
+@pytest.mark.parametrize("downsample, scales", [(4, 1), (8, 2)])
+def test_fine_blocks_stand_at_each_scale_between_latents_and_image_and_start_as_nothing(downsample, scales):
+    torch.manual_seed(0)
+    plain = VectorQuantizedVAE(3, 8, 16, downsample=downsample)
+    fine = VectorQuantizedVAE(3, 8, 16, downsample=downsample, fine_blocks=2).eval()
+    blocks = [model.decoder for model in (plain, fine)]
+    counts = [sum(type(module).__name__ == "ResBlock" for module in decoder) for decoder in blocks]
+    assert counts == [2, 2 + 2 * scales]
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    for module in fine.decoder:
+        if type(module).__name__ == "ResBlock":
+            features = torch.randn(1, 8, 4, 4)
+            assert torch.equal(module(features), features.relu())
+    assert fine(x)[0].shape == x.shape and fine.encode(x).shape == (2, 32 // downsample, 32 // downsample)
