@@ -75,8 +75,14 @@ def test_what_the_discriminator_needs_goes_to_vqgan_alone():
     assert (pairs["--disc-weight"], pairs["--disc-start"], pairs["--perceptual-weight"]) == ("0.1", "0.8", "2")
 
 
+def reversed_pairs(flags):
+    """The same flags, the last first."""
+    starts = [i for i, part in enumerate(flags) if part.startswith("--")]
+    return [part for start, stop in reversed(list(zip(starts, [*starts[1:], None]))) for part in flags[start:stop]]
+
+
 def test_commands_are_equal_by_what_they_mean():
-    old = ["vqvae.py", "--lr", "2e-3", "--lr-schedule", "cosine", "--beta", "0.1", "--flip", "--warmup-steps", "0.1"]
+    old = ["vqvae.py", *reversed_pairs(recipes.RECIPES["mse"].split())]
     old += [part for name in TERMS for part in (f"--{name}-weight", "1" if name == "mse" else "0")]
     new = mixes.command_of({"mse": 1.}, 0, [], [])
     assert mixes.meaning([*old, "--seed", "0"]) == mixes.meaning(new)
