@@ -9,6 +9,7 @@ import metrics
 import recipes
 from evaluation import measure, reported
 from harness import checkpoint, cli, distributed, report
+from harness.compiled import graphs_fit
 from harness.run import Run, check_folder
 from losses import TERMS, ReconstructionLoss, ms_ssim_weights
 from modules import VectorQuantizedVAE
@@ -136,7 +137,7 @@ class Experiment:
         self.run = Run("vqvae", self.args, self.device, state, reads=[self.args.frozen_codebook],
                        renamed={"codebook": "quantizer"})
         if self.args.compile:
-            self.model.compile_networks()
+            self.model.compile_networks(graphs=not more and graphs_fit(self.device, self.args.accumulate))
         self.network = distributed.wrap(self.model, self.device)
         return self.run
 

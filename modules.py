@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from harness.checkpoint import complete
+from harness.compiled import compile_forward
 from quantizers import QUANTIZERS, VQEmbedding  # noqa: F401 (VQEmbedding is looked for here)
 
 
@@ -147,10 +148,10 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
             self.codebook.eval()
         return self
 
-    def compile_networks(self):
-        """torch.compile encoder and decoder; the search between them has nothing to gain."""
-        self.encoder.compile()
-        self.decoder.compile()
+    def compile_networks(self, graphs=False):
+        """torch.compile encoder and decoder, as `compile_forward` does; the search between has nothing to gain."""
+        compile_forward(self.encoder, graphs)
+        compile_forward(self.decoder, graphs, first=False)
 
     def encode(self, x):
         """Latents (B, H/f, W/f) int64, f the downsampling, of images x (B, C, H, W) in [-1, 1]."""

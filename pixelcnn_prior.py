@@ -10,6 +10,7 @@ from datasets import SPLITS, Source
 from functions import cross_entropy
 from harness import checkpoint, cli, distributed, report
 from harness.batches import LatentBatches
+from harness.compiled import compile_forward, graphs_fit
 from harness.run import Run, check_folder, run_folder
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
@@ -72,7 +73,7 @@ def main():
     if run.resumed:
         checkpoint.check_vqvae(run.resumed, args.model)
     if args.compile:
-        model.compile()
+        compile_forward(model, graphs_fit(device, args.accumulate))
     network = distributed.wrap(model, device)
 
     for epoch in run.epochs():
