@@ -64,11 +64,11 @@ class VQEmbedding(nn.Module):
 
     def forward(self, z_e):
         """Latents (B, h, w) int64: the nearest code of each position of z_e (B, D, h, w)."""
-        return vq(self._placed(z_e.permute(0, 2, 3, 1)), self.embedding.weight)
+        return vq(self._placed(z_e.permute(0, 2, 3, 1)), self._placed(self.embedding.weight))
 
     def embed(self, latents):
         """Codes z_q (B, D, h, w) of latents (B, h, w)."""
-        return self.embedding(latents).permute(0, 3, 1, 2)
+        return F.embedding(latents, self._placed(self.embedding.weight)).permute(0, 3, 1, 2)
 
     def straight_through(self, z_e):
         """Quantized z_e (B, D, h, w), twice, both (B, D, h, w) in float32.
@@ -80,7 +80,7 @@ class VQEmbedding(nn.Module):
         vectors = self._placed(z_e.permute(0, 2, 3, 1))  # (B, h, w, D), no copy where z_e is channels_last
         if self.training and self.data_init:
             self._fill(vectors)
-        codes, indices = vq_st(vectors, self.embedding.weight.detach())
+        codes, indices = vq_st(vectors, self._placed(self.embedding.weight.detach()))
         z_q = self.embed(indices.view(vectors.shape[:-1]))
         if self.training:
             self._update(vectors, indices)

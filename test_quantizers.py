@@ -185,6 +185,15 @@ def test_trains_resumes_and_carries_a_prior(name, tmp_path):
     assert code == 0 and (tmp_path / "models/prior/samples.png").exists(), err
 
 
+def test_codes_of_cosine_are_of_unit_length_when_weights_are_averaged():
+    quantizer, z_e = make("cosine"), torch.randn(3, 6, 5, 4)
+    latents = quantizer(z_e)
+    with torch.no_grad():
+        quantizer.embedding.weight.mul_(torch.linspace(0.5, 1, quantizer.K).unsqueeze(1))  # as a mean over time is
+    torch.testing.assert_close(table(quantizer).norm(dim=1), torch.ones(quantizer.K))
+    assert torch.equal(quantizer(z_e), latents)
+
+
 # --- names of flags and arguments
 
 def test_a_run_of_the_old_flag_resumes(tmp_path):
