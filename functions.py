@@ -264,6 +264,7 @@ def _gaussian_band(window, sigma, like):
     return band.index_put_((rows, columns), (taps / taps.sum()).unsqueeze(1))
 
 
+@_exact_products()  # a variance is the small difference of two of them
 def _filtered(x, band, padding=0):
     """Both axes of x (B, C, H, W) filtered by a band, after zeros on all sides: each side ends window - 1 shorter.
 

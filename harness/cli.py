@@ -183,7 +183,7 @@ def pick_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # training has images of one size
-        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have; the search for codes stays exact
+        torch.set_float32_matmul_precision("high")  # TF32, but for the search and SSIM
     return device
 
 
