@@ -231,8 +231,8 @@ class _SSIMMaps(Function):
     def forward(ctx, x_tilde, x, window, sigma):
         x_tilde, x = x_tilde.contiguous(), x.contiguous()
         band = _gaussian_band(window, sigma, x)
-        mean_tilde, mean, squares, product = (_filtered(moment, band) for moment in (
-            x_tilde, x, torch.addcmul(x_tilde.square(), x, x), x_tilde * x))
+        mean_tilde, mean, squares, product = _filtered(
+            (x_tilde, x, torch.addcmul(x_tilde.square(), x, x), x_tilde * x), band)
         mean_product, mean_squares = mean_tilde * mean, torch.addcmul(mean_tilde.square(), mean, mean)
         below = mean_squares + C1, squares.sub_(mean_squares).add_(C2)
         structure = product.sub_(mean_product).mul_(2).add_(C2).div_(below[1])
@@ -249,8 +249,8 @@ class _SSIMMaps(Function):
         grad_mean = torch.addcmul(mean, luminance, mean_tilde, value=-1).mul_(grad_luminance)
         grad_mean.sub_(torch.addcmul(mean, structure, mean_tilde, value=-1).mul_(grad_structure))
         padding = band.shape[0] - TILE
-        of_mean, of_product, of_squares = (_filtered(grad.contiguous(), band, padding) for grad in (
-            grad_mean, grad_structure, grad_structure * structure))
+        of_mean, of_product, of_squares = _filtered([grad.contiguous() for grad in (
+            grad_mean, grad_structure, grad_structure * structure)], band, padding)
         return of_mean.addcmul_(of_product, x).addcmul_(of_squares, x_tilde, value=-1).mul_(2), None, None, None
 
 
@@ -265,21 +265,26 @@ def _gaussian_band(window, sigma, like):
 
 
 @_exact_products()  # a variance is the small difference of two of them
-def _filtered(x, band, padding=0):
-    """Both axes of x (B, C, H, W) filtered by a band, after zeros on all sides: each side ends window - 1 shorter.
+def _filtered(images, band, padding=0):
+    """Both axes of each of images (B, C, H, W) filtered by a band, after zeros on all sides: window - 1 shorter each.
 
     Matrix products of `TILE` outputs at a time: a matrix for the whole side would be zeros nearly everywhere.
     """
     window = band.shape[0] - TILE + 1
-    (batch, channels, height, width), shorter = x.shape, window - 1 - 2 * padding
-    across = x.new_empty(batch * channels * height, width - shorter)
-    for out, inputs, weight in _tiles(band, window, padding, width):
-        torch.mm(x.view(-1, width)[:, inputs], weight, out=across[:, out])
-    across = across.view(batch * channels, height, -1)
-    down = x.new_empty(batch * channels, height - shorter, across.shape[2])
-    for out, inputs, weight in _tiles(band, window, padding, height):
-        torch.bmm(weight.t().expand(len(across), -1, -1), across[:, inputs], out=down[:, out])
-    return down.view(batch, channels, *down.shape[1:])
+    (batch, channels, height, width), shorter = images[0].shape, window - 1 - 2 * padding
+    columns, results = list(_tiles(band, window, padding, width)), []
+    rows = [(out, inputs, weight.t().expand(batch * channels, -1, -1))
+            for out, inputs, weight in _tiles(band, window, padding, height)]
+    for x in images:
+        across = x.new_empty(batch * channels * height, width - shorter)
+        for out, inputs, weight in columns:
+            torch.mm(x.view(-1, width)[:, inputs], weight, out=across[:, out])
+        across = across.view(batch * channels, height, -1)
+        down = x.new_empty(batch * channels, height - shorter, across.shape[2])
+        for out, inputs, weight in rows:
+            torch.bmm(weight, across[:, inputs], out=down[:, out])
+        results.append(down.view(batch, channels, *down.shape[1:]))
+    return results
 
 
 def _tiles(band, window, padding, side):
