@@ -1,0 +1,120 @@
+"""Every command of the README runs, on small data and for a moment; what it says of recipes and terms is so."""
+import re
+import shlex
+from concurrent.futures import Executor, Future
+
+import pytest
+from PIL import Image
+
+import compare
+import mixes
+import recipes
+from conftest import HERE, call, write_images
+from losses import TERMS
+from quantizers import QUANTIZERS
+
+README = (HERE / "README.md").read_text()
+TRAIN = ["--batch-size", "8", "--num-epochs", "1", "--device", "cpu", "--limit", "16"]
+VQVAE = [*TRAIN, "--hidden-size", "4", "--k", "8"]
+SHORTER = {
+    "vqvae.py": VQVAE, "compare.py": [*VQVAE, "--seeds", "1"], "vqgan.py": [*VQVAE, "--disc-layers", "1"],
+    "pixelcnn_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "2"],
+    "evaluate.py": ["--no-features"], "class_agreement.py": ["--epochs", "1", "--samples", "2"],
+    "benchmark.py": ["--repeats", "1", "--device", "cpu", "prior-step"]}
+ELSEWHERE = ("make", "tensorboard", "python3", "pip", "./study.sh", "srun", "#SBATCH", "#!/bin/bash")
+SAMPLED = "--sample"
+
+
+def blocks():
+    """Lines of commands of each code block, comments off and continued lines joined."""
+    for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S):
+        lines = block.replace("\\\n", " ").splitlines()
+        commands = [line for line in lines if re.match(r"python|torchrun|make|tensorboard|\./|srun|#SBATCH|pip", line)]
+        if commands:
+            yield [shlex.split(line, comments=not line.startswith("#")) for line in commands]
+
+
+def shortened(words):
+    """The command on images/ in place of its data, at a size that takes a moment."""
+    script, *flags = words[1:] if words[0] == "python" else words[words.index("vqvae.py"):]
+    kept, skip = [], False
+    for flag in flags:
+        if skip:
+            skip = False
+        elif flag in ("--dataset", "--data-folder", "--minutes", "--image-size", "--warmup-steps"):
+            skip = True
+        elif flag != "--random-crop":
+            kept += ["photo"] if flag == "holiday/" else ["photo/a.jpg"] if flag == "photo.jpg" else [flag]
+    data = ["--data-folder", "images"] if script in ("vqvae.py", "vqgan.py", "compare.py") else []
+    more = SHORTER.get(script, [])
+    return script, [*kept, *data, *(more[2:4] if SAMPLED in kept else more)]
+
+
+class Immediate(Executor):
+    """Runs in this thread, where signals may be caught."""
+
+    def __init__(self, *_, initializer=lambda: None, initargs=()):
+        initializer(*initargs)
+
+    def submit(self, function, *args, **kwargs):
+        future = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def train_here(run, command, threads):
+    code, _, err = call(".", *command, "--resume", "--output-folder", str(run.relative_to("models")))
+    assert code == 0, err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the README's reader is: images of ten classes."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_images(folder, 100, side=32)
+    for i, path in enumerate(sorted((folder / "images").iterdir())):
+        (folder / "images" / str(i % 10)).mkdir(exist_ok=True)
+        path.rename(folder / "images" / str(i % 10) / path.name)
+    (folder / "photo").mkdir()
+    Image.new("RGB", (40, 50), "red").save(folder / "photo" / "a.jpg")
+    return folder
+
+
+def test_every_command_runs(folder, monkeypatch):
+    monkeypatch.setattr(compare, "ThreadPoolExecutor", Immediate)
+    monkeypatch.setattr(compare, "train", train_here)
+    monkeypatch.setattr(mixes, "PRESETS", {name: lambda preset=preset: preset()[:1]
+                                           for name, preset in mixes.PRESETS.items()})
+    ran = set()
+    for number, commands in enumerate(blocks()):
+        for words in commands:
+            if words[0] in ELSEWHERE:
+                continue
+            script, flags = shortened(words)
+            if script in ("compare.py", "vqvae.py", "vqgan.py") and "--output-folder" not in flags:
+                flags += ["--output" if script == "compare.py" else "--output-folder", f"block{number}-{len(ran)}"]
+            code, out, err = call(folder, script, *flags)
+            assert code == 0 and out, f"{' '.join(words)}\n{script} {' '.join(flags)}\n{err}"
+            ran.add(" ".join(words))
+    assert len(ran) > 15
+
+
+def test_make_knows_every_target_that_is_named():
+    targets = set(re.findall(r"^([a-z-]+):", (HERE / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([a-z-]+)", README)) <= targets
+
+
+def test_tables_name_every_recipe_term_and_quantizer():
+    for name, flags in recipes.RECIPES.items():
+        assert f"| `{name}` | `{flags}` |" in README
+    rows = set(re.findall(r"^\| `([a-z0-9-]+)`", README, re.M))
+    assert set(TERMS) <= rows and set(QUANTIZERS) <= rows
+
+
+def test_pictures_and_links_are_there():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (HERE / path).exists(), path
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README and "XX" not in README
