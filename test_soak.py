@@ -14,26 +14,30 @@ from conftest import call, start, write_images
 from harness import checkpoint
 
 KILLS = int(os.environ.get("SOAK_KILLS", 2))  # of each script
-LONGEST = 2.  # seconds from the first word of a run to its end by a kill
+EPOCHS = 8 * (KILLS + 1)  # so many that a run outlives all its kills
+LONGEST = 0.3  # seconds from the last epoch that is waited for to the kill
 COMMON = ["--batch-size", "8", "--log-every", "2", "--device", "cpu", "--precision", "fp32"]
 VQVAE = [*COMMON, "--dataset", "folder", "--data-folder", "images", "--hidden-size", "4", "--k", "8", "--flip",
-         "--num-epochs", "12"]
+         "--num-epochs", str(EPOCHS)]
 SCRIPTS = {
     "vqvae.py": ("vqvae", [*VQVAE, "--average-weights", "0.9"]),
     "vqgan.py": ("vqvae", [*VQVAE, "--disc-start", "6", "--disc-layers", "1", "--disc-hidden-size", "4"]),
     "pixelcnn_prior.py": ("prior", [*COMMON, "--model", "models/first", "--hidden-size-prior", "4", "--num-layers", "2",
-                                    "--num-epochs", "12"]),
+                                    "--num-epochs", str(EPOCHS)]),
 }
 
 
-def killed(process, seconds):
-    """Kill a run some seconds after it has said something; whether it had not ended by itself."""
-    process.stdout.readline()
+def kill(process, epochs, seconds):
+    """Kill a run some seconds after it has told of so many epochs; counted in epochs, a slow machine kills as late."""
+    for line in process.stdout:
+        epochs -= line.startswith("epoch")
+        if epochs <= 0:
+            break
     with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     process.kill()
     process.communicate()
-    return process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
 
 
 def outcome(folder, kind, name):
@@ -66,11 +70,14 @@ def test_killed_at_random_and_resumed_is_uninterrupted(tmp_path, script):
         assert call(tmp_path, "vqvae.py", *VQVAE[:-1], "1", "--output-folder", "first")[0] == 0
     assert call(tmp_path, script, *flags, "--output-folder", "whole")[0] == 0
     moments = random.Random(os.environ.get("SOAK_SEED", "0"))
-    for _ in range(KILLS):
-        if killed(start(tmp_path, script, *flags, "--output-folder", "cut", "--resume"), LONGEST * moments.random()):
-            for file in (tmp_path / "models" / "cut").glob("*.pt"):
-                checkpoint.load(file, "latents" if file.stem == "latents" else kind)
+    cut = tmp_path / "models" / "cut"
+    for number in range(KILLS):
+        epochs = 0 if number % 4 == 3 else moments.randint(1, 3)  # 0: while it starts or is taken up again
+        kill(start(tmp_path, script, *flags, "--output-folder", "cut", "--resume"), epochs, LONGEST * moments.random())
+        for file in cut.glob("*.pt"):
+            checkpoint.load(file, "latents" if file.stem == "latents" else kind)
+    assert 0 < checkpoint.load(cut / "last.pt", kind)["counters"]["epoch"] < EPOCHS, "no kill hit the training"
     code, _, err = call(tmp_path, script, *flags, "--output-folder", "cut", "--resume")
     assert code == 0, err
     assert equal(outcome(tmp_path, kind, "whole"), outcome(tmp_path, kind, "cut"))
-    assert not list((tmp_path / "models" / "cut").glob(".*.tmp"))
+    assert not list(cut.glob(".*.tmp"))
