@@ -43,9 +43,6 @@ def main():
                              f"{first} on {facts['name']} {facts['size']}: evaluate them apart")
     source = datasets.Source.of(found[first], args.data_folder)
     data = datasets.load(facts["name"], source, args.batch_size, device, workers=args.num_workers)
-    if data.channels != facts["channels"]:
-        raise ValueError(f"{first} reconstructs images of {facts['channels']} channels, those in {source.folder} have "
-                         f"{data.channels}: pass the --data-folder of its kind of images")
     split, features = getattr(data, args.split), () if args.no_features else args.features
     lpips = {"lpips": open_lpips()} if args.lpips else {}
     judges = [Judge(name, open_network(name, data, source), split) for name in features]
