@@ -7,11 +7,10 @@ READY = .venv/ready
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-# The demonstration: 64x64 crops of photographs that ship with scikit-image, about 3 minutes on 2 CPU cores.
+# The demonstration: 64x64 crops of photographs that ship with scikit-image, minutes on 2 CPU cores.
 train: $(READY)  ## train on photographs that ship with a dependency (set up on first use)
-	$(BIN)/python vqvae.py --dataset photos --hidden-size 64 --batch-size 32 --num-epochs 9 --flip \
-	    --lr 1e-3 --lr-schedule cosine --warmup-steps 100 --beta 0.25 \
-	    --mse-weight 1 --ssim-weight 0.5 --output-folder photos --overwrite
+	$(BIN)/python vqvae.py --recipe recommended-photos --dataset photos --hidden-size 64 --batch-size 32 --num-epochs 9 \
+	    --output-folder photos --overwrite
 
 study: $(READY)  ## every table of RESULTS.md: make study DATA=folder PHOTOS=folder; days, goes on where it stopped
 	PYTHON=$(BIN)/python ./study.sh $(DATA) $(PHOTOS)
