@@ -4,21 +4,18 @@ To add a data set: write a function that returns its splits and give it a row in
 """
 import argparse
 import hashlib
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
+import boxing
 import folders
 from folders import SPLITS, existing
 from harness import cli, distributed
 from harness.batches import Batches
-from harness.checkpoint import write_atomic
 from harness.images import ImageFiles, find_files
 
 IN_MEMORY_BYTES = 2 ** 32  # a data set that needs more, as uint8, streams from disk
@@ -111,6 +108,7 @@ class Source:
     skip_broken: bool = False
     crop_scale: float = 1.  # sides of a training image over those of the crop that an epoch sees
     channels: int = None  # None: as many as the files have
+    in_order: bool = False  # frames of clips one after another, none shuffled; see `load`
 
     @classmethod
     def of(cls, checkpoint, folder=None, download=True):
@@ -170,14 +168,20 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
         name: a key of `DATASETS`. source: `Source`. flip: mirror half of the training images, anew each epoch.
         seed: of the training order. limit: use the first so many training images. workers: processes that decode
             where images stream.
+    Returns:
+        `Data`. Where the source is `in_order`, labels are rows (N, 4): label, clip, number of the frame within it and
+        action that led to it; clips are in one split as a whole, and train is in their order.
     Raises:
-        FileNotFoundError, ValueError, OSError: missing or empty folder, broken image, sizes or channels that differ,
-            no download.
+        FileNotFoundError, ValueError, OSError: no frames in order, missing or empty folder, broken image, sizes or
+            channels that differ, no download.
     """
     if name not in DATASETS:
         raise ValueError(f"the data set {name!r} is not known, only {', '.join(DATASETS)} are")
     splits, classes = DATASETS[name](source)  # split -> (images, labels)
-    splits = _complete(splits)
+    if source.in_order and any(labels.ndim == 1 for _, labels in splits.values()):
+        raise ValueError(f"{name} has no sequences of frames: boxing has, and a folder of numbered frames such as "
+                         "clip/000001.png")
+    splits = _complete_clips(splits) if source.in_order else _complete(splits)
     if limit:
         images, labels = splits["train"]
         splits["train"] = (_subset(images, slice(0, limit)), labels[:limit])
@@ -209,6 +213,24 @@ def _complete(splits):
         splits[split] = (_subset(images, order[:carved]), labels[order[:carved]])
         order = order[carved:]
     splits["train"] = (_subset(images, order), labels[order])
+    return splits
+
+
+def _complete_clips(splits):
+    """Carve the splits that are missing from the last clips of train."""
+    images, rows = splits["train"]
+    missing = [split for split in SPLITS if split not in splits]
+    clips = rows[:, 1].unique(sorted=True)
+    carved = max(1, int(len(clips) * CARVED))
+    if len(clips) <= carved * len(missing):
+        raise ValueError(f"{len(clips)} clips are too few to carve {' and '.join(missing)} from: add clips, or folders "
+                         "valid and test")
+    for split in missing:
+        clips, last = clips[:-carved], clips[-carved:]
+        chosen = torch.isin(rows[:, 1], last).nonzero().squeeze(1)
+        splits[split] = (_subset(images, chosen), rows[chosen])
+    kept = torch.isin(rows[:, 1], clips).nonzero().squeeze(1)
+    splits["train"] = (_subset(images, kept), rows[kept])
     return splits
 
 
@@ -328,47 +350,16 @@ def _resized(images, size):
 
 # --- Atari frames
 
-BOXING_FRAMES = {"train": 8000, "valid": 1000, "test": 1000}
-BOXING_SIZE, BOXING_SKIP = 84, 4  # pixels a side; emulator frames between two that are kept
-
-
-@marked_by(f"boxing-{BOXING_SIZE}.npz")
+@marked_by(boxing.MARK)
 def _boxing(source):
-    cache = Path(source.folder) / f"boxing-{BOXING_SIZE}.npz"
-    if not cache.is_file():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{split: _render_boxing(count, seed)
-                                       for seed, (split, count) in enumerate(BOXING_FRAMES.items())})
-        write_atomic(cache, buffer.getbuffer())
-    try:
-        with np.load(cache) as frames:
-            images = {split: torch.from_numpy(frames[split]) for split in SPLITS}
-    except Exception as error:
-        raise ValueError(f"{cache} is damaged ({error}): delete it, and it is rendered anew") from error
-    return {split: (x, torch.zeros(len(x), dtype=torch.int64)) for split, x in images.items()}, []
+    splits = {}
+    for split, (frames, clips) in boxing.load(source.folder).items():
+        label = torch.zeros(len(frames), 1, dtype=torch.int64)
+        splits[split] = (frames, torch.cat([label, clips], 1) if source.in_order else label[:, 0])
+    return splits, []
 
 
-def _render_boxing(count, seed):
-    """(count, 84, 84, 3) uint8 frames of Atari Boxing under a random policy; each seed plays episodes of its own."""
-    try:
-        from ale_py import ALEInterface, LoggerMode, roms
-    except ImportError as error:
-        raise ValueError("the boxing data set needs the package ale-py: pip install ale-py") from error
-    ALEInterface.setLoggerMode(LoggerMode.Error)
-    ale, policy, frames = ALEInterface(), np.random.default_rng(seed), []
-    ale.setInt("random_seed", seed)
-    ale.loadROM(roms.get_rom_path("boxing"))
-    actions = ale.getMinimalActionSet()
-    while len(frames) < count:
-        action = actions[policy.integers(len(actions))]
-        for _ in range(BOXING_SKIP):
-            ale.act(action)
-        if ale.game_over():
-            ale.reset_game()
-        frame = Image.fromarray(ale.getScreenRGB())
-        frames.append(np.asarray(frame.resize((BOXING_SIZE, BOXING_SIZE), Image.Resampling.BOX)))
-    return np.stack(frames)
+_boxing.actions = boxing.ACTIONS
 
 
 DATASETS = {

@@ -51,7 +51,26 @@ def image_folder(source):
         # The class is the first folder below the split; with files outside any, there are no classes.
         rows[split] = [(path, path.relative_to(folder).parts[0] if path.parent != folder else None) for path in paths]
     classes = {label for part in rows.values() for _, label in part}
-    return open_files(rows, [] if None in classes else sorted(classes), source)
+    splits, classes = open_files(rows, [] if None in classes else sorted(classes), source)
+    if source.in_order:
+        splits = {split: _in_order(files, labels) for split, (files, labels) in splits.items()}
+    return splits, classes
+
+
+def _in_order(files, labels):
+    """Frames `clip/000001.png` ... clip by clip, with rows (N, 4): label, clip, number, action 0.
+
+    Raises:
+        ValueError: a file is not named by a number.
+    """
+    wrong = next((path for path in files.paths if not path.stem.isdecimal()), None)
+    if wrong:
+        raise ValueError(f"{wrong} has no number for a name, so that the folder has no sequences of frames: name them "
+                         "such as clip/000001.png")
+    order = sorted(range(len(files)), key=lambda i: (files.paths[i].parent, int(files.paths[i].stem)))
+    clips = {parent: i for i, parent in enumerate(sorted({path.parent for path in files.paths}))}
+    rows = [(int(labels[i]), clips[files.paths[i].parent], int(files.paths[i].stem), 0) for i in order]
+    return files.subset(torch.tensor(order)), torch.tensor(rows)
 
 
 # --- Mini-ImageNet: images/ and three lists of them

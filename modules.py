@@ -179,9 +179,10 @@ class GatedMaskedConv2d(nn.Module):
         mask_type: "A" does not see the current row (vertical) or position (horizontal), "B" does.
         dim: width. kernel: odd width of the receptive field. residual: add the horizontal input to its output.
         n_classes: number of classes that condition the gates, 0 for none.
+        condition_dim: channels of a condition at each position, added to the gates too, 0 for none.
     """
 
-    def __init__(self, mask_type, dim, kernel, residual=True, n_classes=10):
+    def __init__(self, mask_type, dim, kernel, residual=True, n_classes=10, condition_dim=0):
         super().__init__()
         self.reach, self.hidden, self.residual = kernel // 2, int(mask_type == "A"), residual
         self.class_cond_embedding = nn.Embedding(n_classes, 2 * dim) if n_classes else None
@@ -189,6 +190,7 @@ class GatedMaskedConv2d(nn.Module):
         self.vert_to_horiz = nn.Conv2d(2 * dim, 2 * dim, 1)
         self.horiz_stack = nn.Conv2d(dim, dim * 2, (1, kernel // 2 + 1), padding=(0, kernel // 2))
         self.horiz_resid = nn.Conv2d(dim, dim, 1)
+        self.spatial_cond = nn.Conv2d(condition_dim, 4 * dim, 1) if condition_dim else None
 
     # What a mask hides is sliced off the weights, so that it is neither computed nor ever changed.
 
@@ -202,22 +204,28 @@ class GatedMaskedConv2d(nn.Module):
         weight = self.horiz_stack.weight[..., :-1] if self.hidden else self.horiz_stack.weight
         return F.conv2d(left, weight, self.horiz_stack.bias)
 
-    def condition(self, label):
-        """(B, 2 dim, 1, 1) what the class adds to the gates; a single 0 without classes."""
-        if self.class_cond_embedding is None:
-            return self.vert_stack.bias.new_zeros(())
-        return self.class_cond_embedding(label)[:, :, None, None]
+    def condition(self, label, spatial=None):
+        """What is added to the gates of the vertical and of the horizontal stack, each (B, 2 dim, 1, 1) of the class.
+
+        With a spatial condition (B, condition_dim, h, w) each (B, 2 dim, h, w); a single 0 without either.
+        """
+        condition = self.vert_stack.bias.new_zeros(())
+        if self.class_cond_embedding is not None:
+            condition = self.class_cond_embedding(label)[:, :, None, None]
+        if self.spatial_cond is None:
+            return condition, condition
+        return tuple(part + condition for part in self.spatial_cond(spatial).chunk(2, dim=1))
 
     def join(self, v_to_h, h, x_h, condition):
         """Horizontal output (B, dim, H, W) from the two stacks' features (B, 2 dim, H, W) and the layer's input."""
         out = self.horiz_resid(_gate(v_to_h + h, condition))
         return out + x_h if self.residual else out
 
-    def forward(self, x_v, x_h, label):
-        condition = self.condition(label)
+    def forward(self, x_v, x_h, label, spatial=None):
+        vertical, horizontal = self.condition(label, spatial)
         v = self.vertical(F.pad(x_v, (0, 0, self.reach, -self.hidden)))
         h = self.horizontal(F.pad(x_h, (self.reach, -self.hidden)))
-        return _gate(v, condition), self.join(self.vert_to_horiz(v), h, x_h, condition)
+        return _gate(v, vertical), self.join(self.vert_to_horiz(v), h, x_h, horizontal)
 
 
 def _gate(x, condition):
@@ -232,14 +240,17 @@ class GatedPixelCNN(Rebuilt, nn.Module):
 
     Args:
         input_dim: number of codes K. dim: width. n_layers: depth. n_classes: 0 for an unconditional prior.
+        condition_dim: channels of a condition (B, condition_dim, h, w) that both stacks' gates take at each position in
+            every layer, as the paper's spatial conditioning (section 2.3); 0 for none.
     """
 
-    def __init__(self, input_dim=256, dim=64, n_layers=15, n_classes=10):
+    def __init__(self, input_dim=256, dim=64, n_layers=15, n_classes=10, condition_dim=0):
         super().__init__()
-        self.n_classes = n_classes
+        self.n_classes, self.condition_dim = n_classes, condition_dim
         self.embedding = nn.Embedding(input_dim, dim)
         self.layers = nn.ModuleList(
-            GatedMaskedConv2d("B" if i else "A", dim, 3 if i else 7, residual=i > 0, n_classes=n_classes)
+            GatedMaskedConv2d("B" if i else "A", dim, 3 if i else 7, residual=i > 0, n_classes=n_classes,
+                              condition_dim=condition_dim)
             for i in range(n_layers))
         self.output_conv = nn.Sequential(nn.Conv2d(dim, 512, 1), nn.ReLU(True), nn.Conv2d(512, input_dim, 1))
         self.apply(_initialise)
@@ -251,20 +262,30 @@ class GatedPixelCNN(Rebuilt, nn.Module):
         if label is not None and not ((label >= 0) & (label < self.n_classes)).all():
             raise ValueError(f"labels must lie in 0...{self.n_classes - 1}, got {label.tolist()}")
 
-    def forward(self, latents, label=None):
+    def _check_spatial(self, spatial, shape):
+        """`spatial` must be (B, condition_dim, h, w) for latents of `shape` (B, h, w), None where there is none."""
+        found = None if spatial is None else tuple(spatial.shape)
+        if found != ((shape[0], self.condition_dim, *shape[1:]) if self.condition_dim else None):
+            raise ValueError(f"latents {tuple(shape)} of a prior with {self.condition_dim} channels of spatial "
+                             f"condition came with a condition of shape {found}")
+
+    def forward(self, latents, label=None, spatial=None):
         """Logits (B, K, h, w) of every position of latents (B, h, w) int64, each given those above and to its left.
 
-        label (B,) int64, None for an unconditional prior. Raises ValueError where it is missing or superfluous.
+        label (B,) int64 and spatial (B, condition_dim, h, w), None for a prior without. Raises ValueError where one is
+        missing, superfluous or of another shape.
         """
         if (label is None) != (self.n_classes == 0):
             self._check(label)
+        self._check_spatial(spatial, latents.shape)
         x_v = x_h = self.embedding(latents).permute(0, 3, 1, 2)  # (B, dim, h, w)
         for layer in self.layers:
-            x_v, x_h = layer(x_v, x_h, label)
+            x_v, x_h = layer(x_v, x_h, label, spatial)
         return self.output_conv(x_h)
 
     @torch.no_grad()
-    def generate(self, label=None, shape=(8, 8), batch_size=64, temperature=1., top_k=None, generator=None):
+    def generate(self, label=None, shape=(8, 8), batch_size=64, temperature=1., top_k=None, generator=None,
+                 spatial=None):
         """Sample latents (batch_size, *shape) int64, each position once: what is computed for it is kept.
 
         For a row, every layer's vertical stack; for a position, every layer's horizontal stack at that position.
@@ -274,32 +295,38 @@ class GatedPixelCNN(Rebuilt, nn.Module):
             label: (batch_size,) int64, None for an unconditional prior.
             temperature: divides the logits. top_k: draw from the k most probable codes only.
             generator: torch.Generator on the CPU; None uses the global one.
+            spatial: (batch_size, condition_dim, *shape), None for a prior without.
         Raises:
-            ValueError: label out of range, of another length, missing or superfluous; temperature or top_k below 0.
+            ValueError: condition of another shape; label out of range, of another length, missing or superfluous;
+                temperature or top_k below 0.
         """
         self._check(label)
         if label is not None and len(label) != batch_size:
             raise ValueError(f"{len(label)} labels for {batch_size} samples")
         (height, width), weight = shape, self.embedding.weight
-        conditions = [layer.condition(label) for layer in self.layers]
+        self._check_spatial(spatial, (batch_size, height, width))
+        vertical, horizontal = zip(*(
+            [part.expand(batch_size, -1, height, width) if part.ndim else part.expand(1, 1, height, width)
+             for part in layer.condition(label, spatial)] for layer in self.layers))
         # Inputs of each layer's two stacks so far, behind the zeros beyond the border: of all rows, of this row.
         rows = [weight.new_zeros(batch_size, weight.shape[1], layer.reach + height, width) for layer in self.layers]
         latents = torch.zeros(batch_size, height, width, dtype=torch.int64, device=weight.device)
         for i in range(height):
             v_to_h = []
-            for depth, (layer, condition) in enumerate(zip(self.layers, conditions)):
+            for depth, (layer, condition) in enumerate(zip(self.layers, vertical)):
                 v = layer.vertical(rows[depth][:, :, i:i + layer.reach + 1 - layer.hidden])  # (B, 2 dim, 1, w)
                 v_to_h.append(layer.vert_to_horiz(v))
                 if depth + 1 < len(self.layers):
                     below = rows[depth + 1]
-                    below[:, :, self.layers[depth + 1].reach + i] = _gate(v, condition).squeeze(2)
+                    below[:, :, self.layers[depth + 1].reach + i] = _gate(
+                        v, condition[:, :, i:i + 1]).squeeze(2)
             row = [weight.new_zeros(batch_size, weight.shape[1], 1, layer.reach + width) for layer in self.layers]
             for j in range(width):
                 x_h = torch.zeros_like(row[0][..., :1])  # the position itself, which the first layer does not see
-                for layer, condition, left, above in zip(self.layers, conditions, row, v_to_h):
+                for layer, condition, left, above in zip(self.layers, horizontal, row, v_to_h):
                     left[..., layer.reach + j] = x_h.squeeze(3)
                     h = layer.horizontal(left[..., j:j + layer.reach + 1 - layer.hidden])  # (B, 2 dim, 1, 1)
-                    x_h = layer.join(above[..., j:j + 1], h, x_h, condition)
+                    x_h = layer.join(above[..., j:j + 1], h, x_h, condition[:, :, i:i + 1, j:j + 1])
                 latents[:, i, j] = draw(self.output_conv(x_h)[:, :, 0, 0], temperature, top_k, generator)
                 row[0][..., self.layers[0].reach + j] = self.embedding(latents[:, i, j]).unsqueeze(2)
             rows[0][:, :, self.layers[0].reach + i] = self.embedding(latents[:, i]).transpose(1, 2)

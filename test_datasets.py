@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import boxing
 import datasets
 from conftest import call, write_images
 from datasets import Source, load
@@ -166,14 +167,66 @@ def test_missing_and_empty_folders(tmp_path):
 
 def test_boxing_is_rendered_once_and_read_from_its_cache(tmp_path, monkeypatch):
     pytest.importorskip("ale_py")
-    monkeypatch.setattr(datasets, "BOXING_FRAMES", {"train": 20, "valid": 5, "test": 5})
+    monkeypatch.setattr(boxing, "FRAMES", {"train": 20, "valid": 5, "test": 5})
     data = load("boxing", Source(str(tmp_path)), 4)
     assert data.size == (84, 84) and data.train.images.float().std() > 10
-    monkeypatch.setattr(datasets, "_render_boxing", None)
+    monkeypatch.setattr(boxing, "render", None)
     assert torch.equal(load("boxing", Source(str(tmp_path)), 4).train.images, data.train.images)
     (tmp_path / "boxing-84.npz").write_bytes(b"broken")
     with pytest.raises(ValueError, match="delete it"):
         load("boxing", Source(str(tmp_path)), 4)
+
+
+def test_boxing_in_order_has_the_same_frames_and_what_led_to_them(tmp_path, monkeypatch):
+    pytest.importorskip("ale_py")
+    monkeypatch.setattr(boxing, "FRAMES", {"train": 60, "valid": 5, "test": 5})
+    train = load("boxing", Source(str(tmp_path), in_order=True), 4).train
+    assert train.labels.shape == (60, 4) and torch.equal(train.labels[:, 2], torch.arange(60))
+    action = train.labels[1:, 3]
+    assert train.labels[0, 3] == 0 and action.max() < len(boxing.ACTIONS)
+    held = torch.diff((action[1:] != action[:-1]).nonzero().squeeze(1))  # two equal draws in a row look like one
+    assert len(held) > 5 and held.min() >= boxing.HELD[0]
+    again = load("boxing", Source(str(tmp_path)), 4).train
+    assert again.labels.ndim == 1 and again.images.float().sum() == train.images.float().sum()
+    frames, clips = boxing.render(60, seed=0)  # the same whoever plays
+    assert np.array_equal(frames, train.images) and np.array_equal(clips, train.labels[:, 1:])
+
+
+def test_an_older_cache_of_boxing_is_rendered_anew(tmp_path, monkeypatch):
+    pytest.importorskip("ale_py")
+    monkeypatch.setattr(boxing, "FRAMES", {"train": 9, "valid": 5, "test": 5})
+    old = {split: np.zeros((3, 84, 84, 3), np.uint8) for split in boxing.FRAMES}
+    np.savez_compressed(tmp_path / boxing.MARK, **old)
+    assert len(load("boxing", Source(str(tmp_path)), 4).train.labels) == 9
+    assert int(np.load(tmp_path / boxing.MARK)["version"]) == boxing.VERSION
+
+
+def numbered(folder, clips, frames=3):
+    for clip in range(clips):
+        (folder / f"clip{clip}").mkdir(parents=True)
+        for number in range(frames):
+            name = f"{number + 8}.png"  # 8, 9, 10: in the order of numbers, not of names
+            Image.fromarray(np.full((8, 8, 3), 20 * clip + number, np.uint8)).save(folder / f"clip{clip}" / name)
+
+
+def test_a_folder_of_numbered_frames_in_order_keeps_whole_clips_together(tmp_path):
+    numbered(tmp_path, 5)
+    data = load("folder", Source(str(tmp_path), in_order=True), 4)
+    clips = [set(split.labels[:, 1].tolist()) for split in (data.train, data.valid, data.test)]
+    assert [len(part) for part in clips] == [3, 1, 1] and len(set.union(*clips)) == 5
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 20, 21, 22, 40, 41, 42]
+    assert data.train.labels[:, 2].tolist() == [8, 9, 10] * 3
+
+
+def test_what_has_no_sequences_says_so(tmp_path):
+    with pytest.raises(ValueError, match="photos has no sequences"):
+        load("photos", Source(image_size=(16, 16), in_order=True), 4)
+    numbered(tmp_path, 2)
+    with pytest.raises(ValueError, match="too few to carve"):
+        load("folder", Source(str(tmp_path), in_order=True), 4)
+    (tmp_path / "clip0" / "8.png").rename(tmp_path / "clip0" / "first.png")
+    with pytest.raises(ValueError, match="no number for a name"):
+        load("folder", Source(str(tmp_path), in_order=True), 4)
 
 
 def test_boxing_names_the_package_it_needs(tmp_path, monkeypatch):

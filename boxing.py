@@ -1,0 +1,82 @@
+"""Frames of Atari Boxing, in order, with the actions that led to them: rendered once, kept in one file."""
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from harness.checkpoint import write_atomic
+
+FRAMES = {"train": 8000, "valid": 1000, "test": 1000}
+SIZE, SKIP = 84, 4  # pixels a side; emulator frames between two that are kept
+HELD = (3, 8)  # least and most frames for which a random action is kept up, so that one sees what it does
+VERSION = 2  # of what the cache holds: a file of another is rendered anew
+ACTIONS = ["noop", "fire", "up", "right", "left", "down", "upright", "upleft", "downright", "downleft", "upfire",
+           "rightfire", "leftfire", "downfire", "uprightfire", "upleftfire", "downrightfire", "downleftfire"]
+MARK = f"boxing-{SIZE}.npz"
+
+
+def load(folder):
+    """{split: (frames (N, 84, 84, 3) uint8, (N, 3) int64: episode, number within it, action that led to it)}.
+
+    An action is an index into `ACTIONS`, 0 for the first frame of an episode. Each split plays episodes of its own.
+
+    Raises:
+        ValueError: the cache is damaged, or ale-py is needed and missing.
+    """
+    cache = Path(folder) / MARK
+    kept = _read(cache) if cache.is_file() else None
+    if kept is None:
+        arrays = {"version": np.array(VERSION)}
+        for seed, (split, count) in enumerate(FRAMES.items()):
+            arrays[split], arrays[f"{split}-clips"] = render(count, seed)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache, buffer.getbuffer())
+        kept = _read(cache) or arrays  # of many processes, one writes
+    return {split: (torch.from_numpy(kept[split]), torch.from_numpy(kept[f"{split}-clips"])) for split in FRAMES}
+
+
+def _read(cache):
+    """Arrays of the cache by name; None where it is of another version."""
+    try:
+        with np.load(cache) as arrays:
+            if "version" not in arrays or arrays["version"] != VERSION:
+                return None
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:
+        raise ValueError(f"{cache} is damaged ({error}): delete it, and it is rendered anew") from error
+
+
+def render(count, seed):
+    """Play `count` frames under a random policy; frames and what led to them, as in `load`.
+
+    Raises:
+        ValueError: ale-py is missing.
+    """
+    try:
+        from ale_py import ALEInterface, LoggerMode, roms
+    except ImportError as error:
+        raise ValueError("the boxing data set needs the package ale-py: pip install ale-py") from error
+    ALEInterface.setLoggerMode(LoggerMode.Error)
+    ale, policy, frames, clips = ALEInterface(), np.random.default_rng(seed), [], []
+    ale.setInt("random_seed", seed)
+    ale.setFloat("repeat_action_probability", 0.)  # an action is the one recorded
+    ale.loadROM(roms.get_rom_path("boxing"))
+    episode = number = action = held = 0
+    while True:
+        frame = Image.fromarray(ale.getScreenRGB()).resize((SIZE, SIZE), Image.Resampling.BOX)
+        frames.append(np.asarray(frame))
+        clips.append((episode, number, action))
+        if len(frames) == count:
+            return np.stack(frames), np.array(clips, dtype=np.int64)
+        if not held:
+            action, held = int(policy.integers(len(ACTIONS))), int(policy.integers(HELD[0], HELD[1] + 1))
+        for _ in range(SKIP):
+            ale.act(ale.getLegalActionSet()[action])
+        number, held = number + 1, held - 1
+        if ale.game_over():
+            ale.reset_game()
+            episode, number, action, held = episode + 1, 0, 0, 0

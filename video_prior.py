@@ -1,0 +1,192 @@
+"""Train a prior over the next frame's latents, given those before it and the action, and generate video with it."""
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import datasets
+import latents
+from datasets import SPLITS
+from functions import cross_entropy
+from harness import checkpoint, cli, distributed, report
+from harness.run import run_folder
+from latent_models import VideoPrior
+
+MAY_CHANGE_ON_RESUME = {"rollout", "action", "starts", "temperature", "top_k", "fps"}
+STRIP = 8  # frames of a film strip
+
+
+def parse_args():
+    parser = cli.Parser(description=__doc__)
+    latents.add_arguments(parser)
+    group = parser.add_argument_group("prior")
+    group.add_argument("--context", type=cli.positive_int, default=2, metavar="K",
+                       help="frames that the next one depends on (default %(default)s)")
+    group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
+    group.add_argument("--num-layers", type=cli.positive_int, default=4, help="(default %(default)s)")
+    cli.add_arguments(parser, output_folder="video", lr=1e-3)
+    group = parser.add_argument_group("generation")
+    group.add_argument("--rollout", type=cli.positive_int, metavar="T",
+                       help="generate T frames with the trained prior in the output folder, and train nothing")
+    group.add_argument("--action", default="recorded", help="of every frame: a name, several after one another such as "
+                       "right,right,left, or those recorded (default %(default)s)")
+    group.add_argument("--starts", type=cli.positive_int, default=4, metavar="N",
+                       help="places in the test split to start from (default %(default)s)")
+    group.add_argument("--fps", type=cli.positive_int, default=15, help="of the GIF (default %(default)s)")
+    group.add_argument("--temperature", type=cli.positive, default=1., help="of the draw (default %(default)s)")
+    group.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device = cli.pick_device(args.device)
+    first = latents.FirstStage(args, device, in_order=True)
+    actions = getattr(datasets.DATASETS[args.dataset], "actions", [])
+    if args.rollout:
+        return roll_out(args, first, actions, device)
+
+    # Data fail here, before an old run is replaced.
+    frames = first.cached("video")
+    windows = {split: cut(*frames[split], args.context, split) for split in SPLITS}
+    train, valid, test = latents.split_latents(windows, args, device)
+    autocast = cli.autocast(device, args.precision)
+    torch.manual_seed(args.seed)
+    model_args = {"K": first.K, "context": args.context, "n_actions": len(actions), "dim": args.hidden_size_prior,
+                  "n_layers": args.num_layers}
+    model = VideoPrior(**model_args).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != "mps")
+    run, network = first.start("video", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
+
+    for _ in run.epochs():
+        model.train()
+        for window, action in run.batches(train):
+            run.schedule_lr(optimizer, train)
+            with autocast():
+                logits = network(window, action)  # (B, K, h, w)
+
+            # Each code given those above and to its left, the frames before, and the action.
+            loss = cross_entropy(logits, window[:, -1])
+            run.check_finite(loss, {"cross-entropy": loss})
+
+            run.backward(loss)
+            run.update(optimizer)
+
+            if run.log_now():
+                run.log({"loss/train/nats_per_latent": loss, "lr": optimizer.param_groups[0]["lr"]})
+                run.show(nats=loss)
+
+        values = measure(model, valid, first, autocast)
+        improved = run.improved(values["nats_per_latent"], larger_is_better=False)
+        run.log({f"valid/{name}": value for name, value in values.items()})
+        run.print_epoch(values, improved)
+
+    # The best epoch, once, on the test split.
+    model.load_state_dict(checkpoint.load(run.models / "best.pt", "video")["model"])
+    values = measure(model, test, first, autocast) | as_the_last_frame(train, test, first.K)
+    results = run.finish(values, tuple(values))
+    print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in values]))
+    print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
+          f"curves: tensorboard --logdir {run.logs}")
+
+
+def starts_of_windows(rows, length, split):
+    """Positions (M,) at which `length` frames of one clip follow one another, of rows (N, 4) in order.
+
+    Raises:
+        ValueError: there are none.
+    """
+    clip, number = rows[:, 1], rows[:, 2]
+    first = torch.arange(max(0, len(rows) - length + 1))
+    whole = (clip[first] == clip[first + length - 1]) & (number[first + length - 1] - number[first] == length - 1)
+    if not whole.any():
+        raise ValueError(f"no clip of the {split} split has {length} frames in a row: pass a smaller --context or "
+                         "--rollout")
+    return first[whole]
+
+
+def cut(frames, rows, context, split):
+    """Windows (M, context + 1, h, w) of frames (N, h, w) of one clip, and the action (M,) that led to their last."""
+    first = starts_of_windows(rows, context + 1, split)
+    return frames[first[:, None] + torch.arange(context + 1)], rows[first + context, 3]
+
+
+def measure(model, batches, first, autocast):
+    """Code length of a frame's latents, and the share of them whose most probable code is right."""
+    values = latents.mean_nats(model, batches, autocast,
+                               lambda window, action: ({"nats": model(window, action)}, window[:, -1]))
+    return first.code_length(values["nats"]) | {"right": values["nats_right"]}
+
+
+def as_the_last_frame(train, test, K):
+    """Nats a latent where each is that of the last frame with the probability that it is in train, else any other."""
+    kept = distributed.total(_kept(train))
+    same = float(kept[0] / kept[1])
+    kept = distributed.total(_kept(test))
+    right = float(kept[0] / kept[1])
+    nats = -right * math.log(same) - (1 - right) * math.log(max(1 - same, 1e-9) / max(1, K - 1))
+    return {"last_frame_nats_per_latent": nats, "last_frame_right": right}
+
+
+def _kept(batches):
+    pairs = [(float((window[:, -1] == window[:, -2]).sum()), window[:, -1].numel()) for window, _ in batches]
+    return torch.tensor(pairs, dtype=torch.float64).sum(0)
+
+
+# --- generation
+
+def chosen_actions(text, names, recorded):
+    """Actions (N, T) int64: those recorded (N, T), or those named, the last one kept up.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    if text == "recorded":
+        return recorded
+    for name in text.split(","):
+        if name not in names:
+            raise ValueError(f"--action {name} is not known: " + (
+                f"recorded, {', '.join(names)} are" if names else "this data set has no actions, leave it out"))
+    chosen = [names.index(name) for name in text.split(",")][:recorded.shape[1]]
+    chosen += [chosen[-1]] * (recorded.shape[1] - len(chosen))
+    return torch.tensor(chosen).expand(len(recorded), -1)
+
+
+def roll_out(args, first, actions, device):
+    """Go on from frames of the test split for --rollout frames: a GIF and a film strip, real above generated."""
+    chosen_actions(args.action, actions, torch.zeros(1, args.rollout, dtype=torch.int64))  # a wrong name fails early
+    model, ckpt = first.trained("video", VideoPrior.rebuild)
+    folder, context = run_folder("models", args), ckpt["model_args"]["context"]
+    frames, rows = first.read_or_encode(folder / "latents.pt")["test"]
+    starts = starts_of_windows(rows, context + args.rollout, "test")
+    starts = starts[torch.linspace(0, len(starts) - 1, min(args.starts, len(starts))).long()]
+    window = (starts[:, None] + torch.arange(context + args.rollout))
+    real = frames[window].long().to(device)
+    chosen = chosen_actions(args.action, actions, rows[window[:, context:], 3]).to(device)
+    generator = torch.Generator().manual_seed(args.seed)
+    drawn = model.rollout(real[:, :context], chosen, args.temperature, args.top_k, generator)
+    videos = [first.decode(part.flatten(0, 1)).unflatten(0, part.shape[:2]).cpu() for part in (real[:, context:], drawn)]
+    name = folder / f"rollout-{args.action.replace(',', '-')[:60]}"
+    torch.save({"real": videos[0], "generated": videos[1], "actions": chosen.cpu()}, f"{name}.pt")
+    print(f"above real, below generated: {save_gif(f'{name}.gif', videos, args.fps)}, "
+          f"{save_strip(f'{name}.png', videos)}\nframes as tensors: {name}.pt")
+
+
+def save_gif(path, videos, fps):
+    """Save videos (N, T, C, H, W) in [0, 1], the first in a row above the second."""
+    frames = [report.image_rows([video[:, t] for video in videos]) for t in range(videos[0].shape[1])]
+    frames = [Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy()) for frame in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    return Path(path)
+
+
+def save_strip(path, videos):
+    """Save `STRIP` frames spread over each of the first two videos, real above generated."""
+    chosen = torch.linspace(0, videos[0].shape[1] - 1, min(STRIP, videos[0].shape[1])).long()
+    rows = [video[i, chosen] for i in range(min(2, len(videos[0]))) for video in videos]
+    return report.save_picture(path, rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)
