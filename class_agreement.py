@@ -7,6 +7,7 @@ from torch import nn
 
 import datasets
 from harness import checkpoint, cli, report
+from latents import check_vqvae
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
 
@@ -29,14 +30,15 @@ def accuracy(model, batches):
 
 def main():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py")
-    parser.add_argument("--prior", required=True, metavar="PT", help="checkpoint of pixelcnn_prior.py")
+    parser.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py, or its run's folder")
+    parser.add_argument("--prior", required=True, metavar="PT",
+                        help="checkpoint of pixelcnn_prior.py, or its run's folder")
     parser.add_argument("--data-folder", help="(default the VQ-VAE's)")
     parser.add_argument("--epochs", type=cli.positive_int, default=2, help="of the judge (default %(default)s)")
     parser.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
     parser.add_argument("--temperature", type=cli.positive, default=1., help="(default %(default)s)")
     parser.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     args = parser.parse_args()
 
@@ -45,7 +47,7 @@ def main():
     classes = found["data"]["classes"]
     if not classes:
         raise ValueError(f"{args.model} was trained on a data set without classes: there is nothing to agree on")
-    checkpoint.check_vqvae(prior_found, args.model)
+    check_vqvae(prior_found, args.model)
     data = datasets.load(found["data"]["name"], datasets.Source.of(found, args.data_folder), 128, device)
 
     torch.manual_seed(args.seed)

@@ -9,6 +9,7 @@ from datasets import SPLITS, Source
 from functions import cross_entropy
 from harness import checkpoint, cli, distributed
 from harness.batches import LatentBatches
+from harness.compiled import compile_forward, graphs_fit
 from harness.run import Run, check_folder, run_folder
 from modules import VectorQuantizedVAE
 
@@ -94,7 +95,13 @@ class FirstStage:
         return data
 
     @torch.no_grad()
+    def embedded_codes(self):
+        """The VQ-VAE's codes (K, D), as its decoder sees them."""
+        return self.vqvae.codebook.embed(torch.arange(self.K, device=self.device).view(-1, 1, 1)).flatten(1)
+
+    @torch.no_grad()
     def encode(self, x):
+        """Latents (N, h, w) of images (N, C, H, W) in [-1, 1]."""
         return self.vqvae.eval().encode(x)
 
     @torch.no_grad()
@@ -110,7 +117,7 @@ class FirstStage:
         if run.resumed:
             check_vqvae(run.resumed, args.model)
         if args.compile:
-            model.compile()
+            compile_forward(model, graphs_fit(self.device, args.accumulate))
         return run, distributed.wrap(model, self.device)
 
     def trained(self, kind, rebuild):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import functions
-import pixelcnn_prior
+import latents
 from conftest import call, start, stop_after
 from harness import checkpoint
 from modules import GatedPixelCNN, draw
@@ -158,6 +158,8 @@ def test_a_run_leaves_its_table_pictures_and_latents_and_samples(folder):
     models = folder / "models" / "prior"
     results = json.loads((models / "results.json").read_text())
     assert 0 < results["nats_per_latent"] < np.log(16) and results["perplexity"] > 1
+    assert results["perplexity"] == pytest.approx(np.exp(results["nats_per_latent"]))
+    assert 1 < results["codebook_perplexity"] <= 16
     assert results["bits_per_latent"] == pytest.approx(results["nats_per_latent"] / np.log(2))
     assert results["bits_per_dim"] == pytest.approx(results["bits_per_latent"] * 12 / (3 * 12 * 16))
     assert "samples, a row a class" in out
@@ -218,7 +220,7 @@ def test_splits_without_the_training_classes_are_carved_from_train(folder, capsy
     splits = {"train": (grids, torch.arange(40) % 4), "valid": (grids[:4], torch.full((4,), 4)),
               "test": (grids[:4], torch.full((4,), 5))}
     args = argparse.Namespace(batch_size=8, seed=0, limit=None)
-    parts = [set(batches.images.flatten().tolist()) for batches in pixelcnn_prior.split_latents(splits, args, "cpu")]
+    parts = [set(batches.images.flatten().tolist()) for batches in latents.split_latents(splits, args, "cpu")]
     assert "carved from train" in capsys.readouterr().out
     assert [len(part) for part in parts] == [32, 4, 4] and len(set.union(*parts)) == 40
 

@@ -166,7 +166,8 @@ def roll_out(args, first, actions, device):
     chosen = chosen_actions(args.action, actions, rows[window[:, context:], 3]).to(device)
     generator = torch.Generator().manual_seed(args.seed)
     drawn = model.rollout(real[:, :context], chosen, args.temperature, args.top_k, generator)
-    videos = [first.decode(part.flatten(0, 1)).unflatten(0, part.shape[:2]).cpu() for part in (real[:, context:], drawn)]
+    videos = [first.decode(part.flatten(0, 1)).unflatten(0, part.shape[:2]).cpu()
+              for part in (real[:, context:], drawn)]
     name = folder / f"rollout-{args.action.replace(',', '-')[:60]}"
     torch.save({"real": videos[0], "generated": videos[1], "actions": chosen.cpu()}, f"{name}.pt")
     print(f"above real, below generated: {save_gif(f'{name}.gif', videos, args.fps)}, "

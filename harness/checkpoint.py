@@ -130,13 +130,6 @@ def digest(path):
     return hashlib.sha256(resolve(path).read_bytes()).hexdigest()
 
 
-def check_vqvae(prior, path):
-    """ValueError where a prior was trained on the codes of another VQ-VAE."""
-    if prior["vqvae"]["digest"] != digest(path):
-        raise ValueError(f"this prior was trained on the codes of {prior['vqvae']['path']} as it was then, and "
-                         f"{path} is another VQ-VAE: pass that one, or train a prior for this one")
-
-
 def save_json(path, values):
     write_atomic(path, (json.dumps(values, indent=2, default=str) + "\n").encode())
 

@@ -174,7 +174,7 @@ def test_vqgan_and_prior_train_in_two_processes(folder):
     assert code == 0, err
     one, two = (json.loads((folder / "models" / name / "results.json").read_text()) for name in ("prior1", "prior2"))
     assert two["nats_per_latent"] == pytest.approx(one["nats_per_latent"], rel=1e-3)
-    assert two["perplexity"] == pytest.approx(one["perplexity"])
+    assert two["codebook_perplexity"] == pytest.approx(one["codebook_perplexity"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")

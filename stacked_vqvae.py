@@ -1,0 +1,164 @@
+"""Train a second VQ-VAE on the latents of a first: a few codes for an image, decoded by a PixelCNN."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+import latents
+import metrics
+from functions import cross_entropy
+from harness import checkpoint, cli, distributed, report
+from harness.run import run_folder
+from latent_models import CODES, StackedVQVAE
+
+MAY_CHANGE_ON_RESUME = {"sample", "temperature", "top_k", "draws"}
+SHOWN = 10  # images of a picture
+
+
+def parse_args():
+    parser = cli.Parser(description=__doc__)
+    latents.add_arguments(parser)
+    group = parser.add_argument_group("second stage")
+    group.add_argument("--codes", type=cli.positive_int, default=3, metavar="N",
+                       help=f"for an image, each of a codebook of {CODES} of its own (default %(default)s)")
+    group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
+    group.add_argument("--num-layers", type=cli.positive_int, default=4, help="of the PixelCNN (default %(default)s)")
+    group.add_argument("--beta", type=cli.not_negative, default=0.25, help="weight of the commitment loss "
+                       "(default %(default)s)")
+    group.add_argument("--alone-weight", type=cli.not_negative, default=1., metavar="W", help="weight of the latents' "
+                       "cross-entropy given the codes alone, which keeps the codes in use (default %(default)s)")
+    group.add_argument("--without-codes", type=cli.share, default=0.1, metavar="SHARE", help="of the training images, "
+                       "which tells what the codes carry (default %(default)s)")
+    cli.add_arguments(parser, output_folder="stacked", lr=1e-3)
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sample", type=cli.positive_int, metavar="N",
+                       help="draw N images with the trained model in the output folder, and train nothing")
+    group.add_argument("--draws", type=cli.positive_int, default=3, metavar="N",
+                       help="of each image from its codes (default %(default)s)")
+    group.add_argument("--temperature", type=cli.positive, default=1., help="of the draw (default %(default)s)")
+    group.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device = cli.pick_device(args.device)
+    first = latents.FirstStage(args, device)
+    if args.sample:
+        return sample(args, first)
+
+    embedded = first.embedded_codes()  # (K, D)
+    model_args = {"K": first.K, "D": embedded.shape[1], "shape": first.shape, "n_codes": args.codes,
+                  "dim": args.hidden_size_prior, "n_layers": args.num_layers}
+    torch.manual_seed(args.seed)
+    model = StackedVQVAE(**model_args)
+    model.first.weight.data.copy_(embedded)
+    model.to(device, memory_format=torch.channels_last)
+    # Data fail here, before an old run is replaced.
+    train, valid, test = first.batches("stacked")
+    autocast = cli.autocast(device, args.precision)
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learnt, lr=args.lr, fused=device.type != "mps")
+    run, network = first.start("stacked", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
+
+    for _ in run.epochs():
+        model.train()
+        for grid, _ in run.batches(train):
+            run.schedule_lr(optimizer, train)
+            absent = left_out(len(grid), args.without_codes, device)
+            with autocast():
+                logits, alone, z_e, z_q, logits_codes, codes = network(grid, absent)
+
+            # The latents given the codes, and those above and to the left or not; outputs towards their codes; the
+            # prior over codes, whose gradient reaches nothing else.
+            losses = {"cross-entropy": cross_entropy(logits, grid), "alone": cross_entropy(alone, grid),
+                      "commitment": F.mse_loss(z_e, z_q.detach()), "prior": cross_entropy(logits_codes, codes)}
+            loss = losses["cross-entropy"] + args.alone_weight * losses["alone"] + args.beta * losses["commitment"] \
+                + losses["prior"]
+            run.check_finite(loss, losses)
+
+            run.backward(loss)
+            run.update(optimizer)
+
+            if run.log_now():
+                run.log({f"loss/train/{name}": value for name, value in losses.items()}
+                        | {"lr": optimizer.param_groups[0]["lr"]})
+                run.show(nats=losses["cross-entropy"])
+
+        values = measure(model, valid, first, autocast)
+        improved = run.improved(values["nats_per_latent"], larger_is_better=False)
+        run.log({f"valid/{name}": value for name, value in values.items()})
+        run.print_epoch(values, improved)
+
+    # The best epoch, once, on the test split.
+    model.load_state_dict(checkpoint.load(run.models / "best.pt", "stacked")["model"])
+    values = measure(model, test, first, autocast)
+    psnr, picture = reconstruct(args, first, model)
+    results = run.finish(values | psnr, tuple(values | psnr))
+    print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in values | psnr]))
+    print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
+          f"originals, reconstructions of the first stage and from {args.codes} codes, free samples: {picture}\n"
+          f"curves: tensorboard --logdir {run.logs}")
+
+
+def left_out(count, share, device):
+    """Which (count,) of this process's images go without codes: the same numbers are drawn whatever the processes."""
+    world, rank = distributed.world_size(), distributed.rank()
+    return (torch.rand(count * world)[rank * count:(rank + 1) * count] < share).to(device)
+
+
+@torch.no_grad()
+def measure(model, batches, first, autocast):
+    """Code length with the right codes, those of another image and none; what a code of the prior takes; usage."""
+    used = [torch.zeros(CODES, dtype=torch.float64) for _ in range(model.n_codes)]
+
+    def logits_of(grid, _):
+        codes = model.codes(grid)
+        for count, column in zip(used, codes.unbind(1)):
+            count += torch.bincount(column.cpu(), minlength=CODES)
+        z_q, without = model.embed(codes), torch.ones(len(grid), dtype=torch.bool, device=grid.device)
+        conditions = {"right": model.condition(z_q), "swapped": model.condition(z_q.roll(len(grid) // 2, 0)),
+                      "none": model.condition(z_q, without)}
+        return {name: model.pixelcnn(grid, spatial=part) for name, part in conditions.items()}, grid
+
+    nats = latents.mean_nats(model, batches, autocast, logits_of)
+    values = first.code_length(nats["right"]) | {"nats_swapped_codes": nats["swapped"], "nats_no_codes": nats["none"],
+                                                 "bits_carried": (nats["none"] - nats["right"]) / math.log(2)
+                                                 * math.prod(first.shape)}
+    for i, count in enumerate(used):
+        values[f"codebook_perplexity_{i + 1}"] = metrics.codebook_usage(distributed.total(count))["perplexity"]
+    return values
+
+
+def reconstruct(args, first, model):
+    """PSNR of images of the test split from their codes, and a picture of them."""
+    x = first.images().test.examples(SHOWN)
+    grid, original = first.encode(x), metrics.as_8bit(x)
+    generator = torch.Generator().manual_seed(args.seed)
+    model.eval()
+    with torch.no_grad():
+        codes = model.codes(grid)
+    draws = [first.decode(model.draw(codes, args.temperature, args.top_k, generator)) for _ in range(args.draws)]
+    free = first.decode(model.draw(model.draw_codes(len(x), args.temperature, args.top_k, generator), args.temperature,
+                                   args.top_k, generator))
+    rows = [original, first.decode(grid), *draws, free]
+    psnr = {"psnr_first_stage": rows[1], "psnr_one_draw": draws[0], f"psnr_mean_of_{args.draws}_draws": sum(draws)
+            / len(draws)}
+    path = run_folder("models", args) / "reconstructions.png"
+    return ({name: float(metrics.psnr(image, original).mean()) for name, image in psnr.items()},
+            report.save_picture(path, rows))
+
+
+def sample(args, first):
+    """Draw codes from their prior, latents from the codes, and decode them: one picture."""
+    model, _ = first.trained("stacked", StackedVQVAE.rebuild)
+    generator = torch.Generator().manual_seed(args.seed)
+    codes = model.draw_codes(args.sample, args.temperature, args.top_k, generator)
+    images = first.decode(model.draw(codes, args.temperature, args.top_k, generator))
+    path = run_folder("models", args) / "sample.png"
+    print(f"samples: {report.save_picture(path, images.split(SHOWN))}")
+    print(f"from their codes: {reconstruct(args, first, model)[1]}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
