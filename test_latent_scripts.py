@@ -1,0 +1,127 @@
+"""stacked_vqvae.py, video_prior.py and class_agreement.py: runs, resumption, two processes, bad input."""
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import call, start, stop_after
+from harness import checkpoint
+from harness.test_distributed import finish, torchrun
+
+SMALL = ("--hidden-size-prior", "8", "--num-layers", "2", "--batch-size", "8", "--device", "cpu", "--precision", "fp32")
+SCRIPTS = {"stacked_vqvae.py": ("stacked", ("--codes", "2", "--draws", "2")), "video_prior.py": ("video", ())}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory with clips of a square that moves, two VQ-VAEs of their frames, and one of two classes."""
+    path = tmp_path_factory.mktemp("latents")
+    for clip in range(6):
+        split = ("train", "train", "train", "train", "valid", "test")[clip]
+        (path / "clips" / split / str(clip)).mkdir(parents=True)
+        for number in range(10):
+            pixels = np.full((16, 16, 3), 40, np.uint8)
+            pixels[2 * (clip % 4):2 * (clip % 4) + 8, number:number + 6] = 220
+            Image.fromarray(pixels).save(path / "clips" / split / str(clip) / f"{number:06}.png")
+    (path / "flat").mkdir()
+    for i in range(40):
+        (path / "classes" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.full((16, 16, 3), 30 + 150 * (i % 2) + i, np.uint8))
+        image.save(path / "classes" / "ab"[i % 2] / f"x{i}.png")
+    for name, data, seed in (("vqvae", "clips", 0), ("other", "clips", 1), ("classes", "classes", 0)):
+        code, _, err = call(path, "vqvae.py", "--dataset", "folder", "--data-folder", data, "--hidden-size", "8", "--k",
+                            "16", "--batch-size", "8", "--num-epochs", "2", "--lr", "1e-3", "--device", "cpu",
+                            "--output-folder", name, "--seed", seed)
+        assert code == 0, err
+    return path
+
+
+def train(folder, script, *flags, model="models/vqvae"):
+    return call(folder, script, "--model", model, *SMALL, *SCRIPTS[script][1], *flags)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_is_killed_and_goes_on_is_one_that_was_not(folder, script):
+    kind, extra = SCRIPTS[script]
+    assert train(folder, script, "--num-epochs", "4", "--output-folder", f"{kind}-whole")[0] == 0
+    process = start(folder, script, "--model", "models/vqvae", *SMALL, *extra, "--num-epochs", "4", "--output-folder",
+                    f"{kind}-cut")
+    stop_after(process, "epoch 2/", signal.SIGKILL)
+    code, _, err = train(folder, script, "--num-epochs", "4", "--output-folder", f"{kind}-cut", "--resume")
+    assert code == 0, err
+    one, two = (checkpoint.load(folder / "models" / f"{kind}-{run}" / "last.pt", kind)["model"]
+                for run in ("whole", "cut"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_are_one(folder, script):
+    kind, extra = SCRIPTS[script]
+    flags = ("--model", "models/vqvae", *SMALL, *extra, "--num-epochs", "2")
+    finish(torchrun(folder, script, *flags, "--batch-size", "4", "--output-folder", f"{kind}-two"))
+    assert call(folder, script, *flags, "--output-folder", f"{kind}-one")[0] == 0
+    one, two = (json.loads((folder / "models" / f"{kind}-{name}" / "results.json").read_text())
+                for name in ("one", "two"))
+    assert two["nats_per_latent"] == pytest.approx(one["nats_per_latent"], rel=2e-3)
+
+
+def test_the_stacked_model_draws(folder):
+    code, out, err = train(folder, "stacked_vqvae.py", "--num-epochs", "1", "--output-folder", "draws")
+    assert code == 0, err
+    results = json.loads((folder / "models" / "draws" / "results.json").read_text())
+    assert {"nats_swapped_codes", "nats_no_codes", "codebook_perplexity_2", "psnr_one_draw"} <= set(results)
+    code, out, err = train(folder, "stacked_vqvae.py", "--sample", "4", "--output-folder", "draws")
+    assert code == 0 and "sample.png" in out, err
+    assert (folder / "models" / "draws" / "sample.png").exists()
+
+
+def test_the_video_prior_rolls_out(folder):
+    assert train(folder, "video_prior.py", "--num-epochs", "1", "--output-folder", "rolls")[0] == 0
+    code, out, err = train(folder, "video_prior.py", "--rollout", "5", "--starts", "2", "--output-folder", "rolls")
+    assert code == 0, err
+    assert Image.open(folder / "models" / "rolls" / "rollout-recorded.gif").n_frames > 1
+    videos = torch.load(folder / "models" / "rolls" / "rollout-recorded.pt", weights_only=True)
+    assert videos["real"].shape == videos["generated"].shape == (2, 5, 3, 16, 16)
+    for flags, message in ((("--rollout", "5", "--action", "jump"), "no actions"), (("--rollout", "50"), "in a row")):
+        code, _, err = train(folder, "video_prior.py", *flags, "--output-folder", "rolls")
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("video_prior.py", ("--context", "30"), "no clip of the train split has 31 frames"),
+    ("stacked_vqvae.py", ("--codes", "17"), "17 codes are more than the 4x4 latents"),
+    ("stacked_vqvae.py", ("--model", "models/nowhere"), "no checkpoint at"),
+])
+def test_what_is_wrong_is_one_line(folder, script, flags, message):
+    code, _, err = train(folder, script, *flags, "--output-folder", "wrong")
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not (folder / "models" / "wrong" / "args.json").exists()
+
+
+def test_a_vqvae_without_sequences_and_the_codes_of_another_are_refused(folder):
+    code, _, err = train(folder, "video_prior.py", "--output-folder", "wrong", model="models/classes")
+    assert code == 2 and "has no sequences" in err and err.count("\n") == 1
+    for script, (kind, _) in SCRIPTS.items():
+        assert train(folder, script, "--num-epochs", "1", "--output-folder", f"{kind}-own")[0] == 0
+        more = ("--sample", "2") if kind == "stacked" else ("--rollout", "2")
+        for flags in (more, ("--resume",)):
+            code, _, err = train(folder, script, *flags, "--output-folder", f"{kind}-own", model="models/other")
+            assert code == 2 and "another VQ-VAE" in err and err.count("\n") == 1
+
+
+def test_class_agreement_judges_a_prior(folder):
+    code, _, err = call(folder, "pixelcnn_prior.py", "--model", "models/classes", *SMALL, "--num-epochs", "1",
+                        "--output-folder", "class-prior")
+    assert code == 0, err
+    flags = ("--prior", "models/class-prior", "--samples", "3", "--epochs", "1", "--device", "cpu")
+    code, out, err = call(folder, "class_agreement.py", "--model", "models/classes", *flags)
+    assert code == 0, err
+    shares = [float(line.split("|")[2]) for line in out.splitlines()[-5:]]
+    assert len(shares) == 5 and all(0 <= share <= 1 for share in shares)
+    assert shares[2] == pytest.approx((shares[3] + shares[4]) / 2, abs=1e-3)
+    for flag, message in ((("--model", "models/vqvae"), "without classes"), (("--seed", "-1"), "whole number")):
+        code, _, err = call(folder, "class_agreement.py", "--model", "models/classes", *flags, *flag)
+        assert code == 2 and message in err and err.count("\n") == 1
