@@ -26,7 +26,6 @@ def folder(tmp_path_factory):
             pixels = np.full((16, 16, 3), 40, np.uint8)
             pixels[2 * (clip % 4):2 * (clip % 4) + 8, number:number + 6] = 220
             Image.fromarray(pixels).save(path / "clips" / split / str(clip) / f"{number:06}.png")
-    (path / "flat").mkdir()
     for i in range(40):
         (path / "classes" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(np.full((16, 16, 3), 30 + 150 * (i % 2) + i, np.uint8))
@@ -122,6 +121,6 @@ def test_class_agreement_judges_a_prior(folder):
     shares = [float(line.split("|")[2]) for line in out.splitlines()[-5:]]
     assert len(shares) == 5 and all(0 <= share <= 1 for share in shares)
     assert shares[2] == pytest.approx((shares[3] + shares[4]) / 2, abs=1e-3)
-    for flag, message in ((("--model", "models/vqvae"), "without classes"), (("--seed", "-1"), "whole number")):
+    for flag, message in ((("--model", "models/vqvae"), "another VQ-VAE"), (("--seed", "-1"), "whole number")):
         code, _, err = call(folder, "class_agreement.py", "--model", "models/classes", *flags, *flag)
         assert code == 2 and message in err and err.count("\n") == 1
