@@ -112,9 +112,9 @@ def main():
 
 def open_split(run, split, features):
     """A split of a run's data set, networks by name that judge it, and what figures measured with them depend on."""
-    found = checkpoint.load(run / "best.pt", "vqvae")
-    source = datasets.Source.of(found)
-    data = datasets.load(found["data"]["name"], source, 128, cli.pick_device("auto"))
+    ckpt = checkpoint.load(run / "best.pt", "vqvae")
+    source = datasets.Source.of(ckpt)
+    data = datasets.load(ckpt["data"]["name"], source, 128, cli.pick_device("auto"))
     networks = {name: open_network(name, data, source) for name in features}
     setting = {"version": VERSION, "split": split, "images": datasets.fingerprint(data.name, source),
                "networks": {name: network.description for name, network in networks.items()}}

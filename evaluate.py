@@ -35,21 +35,21 @@ def parse_args():
 def main():
     args = parse_args()
     device = cli.pick_device(args.device)
-    found = {path: checkpoint.load(path, "vqvae") for path in map(str, map(checkpoint.resolve, args.model))}
-    first, facts = next((path, contents["data"]) for path, contents in found.items())
-    for path, contents in found.items():
+    checkpoints = {path: checkpoint.load(path, "vqvae") for path in map(str, map(checkpoint.resolve, args.model))}
+    first, facts = next((path, contents["data"]) for path, contents in checkpoints.items())
+    for path, contents in checkpoints.items():
         if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):
             raise ValueError(f"{path} was trained on {contents['data']['name']} {contents['data']['size']}, "
                              f"{first} on {facts['name']} {facts['size']}: evaluate them apart")
-    source = datasets.Source.of(found[first], args.data_folder)
+    source = datasets.Source.of(checkpoints[first], args.data_folder)
     data = datasets.load(facts["name"], source, args.batch_size, device, workers=args.num_workers)
     split, features = getattr(data, args.split), () if args.no_features else args.features
     lpips = {"lpips": open_lpips()} if args.lpips else {}
     judges = [Judge(name, open_network(name, data, source), split) for name in features]
 
-    names = short_names(list(found))
+    names = short_names(list(checkpoints))
     results, pictures = {}, [metrics.as_8bit(split.examples(PICTURES))]
-    for path, contents in found.items():
+    for path, contents in checkpoints.items():
         model = VectorQuantizedVAE.rebuild(contents).to(device, memory_format=torch.channels_last)
         results[names[path]] = evaluate(model, split, judges, lpips) | training_cost(path) | {
             "checkpoint": path, "trained_through": trained_through(contents["args"])}

@@ -48,8 +48,8 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         if criterion:
             values["loss"] = criterion(x_tilde, x)[0].expand(len(x))
         columns.append({name: value.double() for name, value in values.items()})
-        for judge, found in zip(judges, features):
-            found.append(judge.network(a))
+        for judge, seen in zip(judges, features):
+            seen.append(judge.network(a))
     model.train(was_training)
 
     values = {name: distributed.concatenate(torch.cat([column[name] for column in columns])) for name in columns[0]}
@@ -57,7 +57,7 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
     figures["color_bias"] = max((bias for name, bias in figures.items() if name.startswith("color_bias_")), key=abs)
     latents_per_pixel = latents[0].numel() / (x.shape[2] * x.shape[3])
     figures["bits_per_pixel"] = math.log2(figures["perplexity"]) * latents_per_pixel
-    for judge, found in zip(judges, features):
-        said = judge.figures(torch.cat(found))
+    for judge, seen in zip(judges, features):
+        said = judge.figures(torch.cat(seen))
         figures |= (said if judge is judges[0] else {}) | {f"{name}/{judge.name}": v for name, v in said.items()}
     return values, figures

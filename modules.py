@@ -125,13 +125,13 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
             raise ValueError(f"images are {size[0]}x{size[1]} but both sides must divide by {downsample}: pass "
                              f"--image-size {nearest}")
 
-    def freeze_codes(self, found):
+    def freeze_codes(self, checkpoint):
         """Take encoder and codebook from another model's checkpoint contents, and learn the decoder alone.
 
         Raises:
             ValueError: that model's channels, width, number of codes, downsampling or quantizer differ.
         """
-        other = VectorQuantizedVAE.rebuild(found)
+        other = VectorQuantizedVAE.rebuild(checkpoint)
         for name in ("input_dim", "dim", "K", "downsample", "quantizer"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(f"the frozen codebook has {name} {getattr(other, name)}, this model "

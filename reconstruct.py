@@ -27,13 +27,13 @@ def parse_args():
 def main():
     args = parse_args()
     device = cli.pick_device(args.device)
-    found = checkpoint.load(args.model, "vqvae")
-    model = VectorQuantizedVAE.rebuild(found).to(device, memory_format=torch.channels_last)
+    ckpt = checkpoint.load(args.model, "vqvae")
+    model = VectorQuantizedVAE.rebuild(ckpt).to(device, memory_format=torch.channels_last)
     sources = name_targets(list_sources(args.images), Path(args.output))
     rows, skipped = [], 0
     for path, target in sources:
         try:
-            image = open_image(path, found["data"]["channels"])
+            image = open_image(path, ckpt["data"]["channels"])
         except BrokenImage:
             if not args.skip_broken:
                 raise
