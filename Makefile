@@ -19,7 +19,7 @@ study-quick: $(READY)  ## the same in small on the photographs, under 20 minutes
 	PYTHON=$(BIN)/python ./study.sh --quick
 
 test: $(READY)  ## run every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 soak: $(READY)  ## kill each training script 50 times at random moments, and resume it
 	SOAK_KILLS=50 $(BIN)/python -m pytest test_soak.py
