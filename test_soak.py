@@ -19,11 +19,14 @@ LONGEST = 0.3  # seconds from the last epoch that is waited for to the kill
 COMMON = ["--batch-size", "8", "--log-every", "2", "--device", "cpu", "--precision", "fp32"]
 VQVAE = [*COMMON, "--dataset", "folder", "--data-folder", "images", "--hidden-size", "4", "--k", "8", "--flip",
          "--num-epochs", str(EPOCHS)]
+LATENTS = [*COMMON, "--model", "models/first", "--hidden-size-prior", "4", "--num-layers", "2", "--num-epochs",
+           str(EPOCHS)]
 SCRIPTS = {
     "vqvae.py": ("vqvae", [*VQVAE, "--average-weights", "0.9"]),
     "vqgan.py": ("vqvae", [*VQVAE, "--disc-start", "6", "--disc-layers", "1", "--disc-hidden-size", "4"]),
-    "pixelcnn_prior.py": ("prior", [*COMMON, "--model", "models/first", "--hidden-size-prior", "4", "--num-layers", "2",
-                                    "--num-epochs", str(EPOCHS)]),
+    "pixelcnn_prior.py": ("prior", LATENTS),
+    "stacked_vqvae.py": ("stacked", [*LATENTS, "--codes", "2"]),
+    "video_prior.py": ("video", LATENTS),
 }
 
 
@@ -65,6 +68,10 @@ def equal(one, two):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_random_and_resumed_is_uninterrupted(tmp_path, script):
     write_images(tmp_path, 60)
+    for path in sorted((tmp_path / "images").iterdir()):  # ten clips, or classes
+        clip = path.parent / f"clip{int(path.stem) // 6}"
+        clip.mkdir(exist_ok=True)
+        path.rename(clip / path.name)
     kind, flags = SCRIPTS[script]
     if kind != "vqvae":
         assert call(tmp_path, "vqvae.py", *VQVAE[:-1], "1", "--output-folder", "first")[0] == 0

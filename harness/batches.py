@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 
-from harness.images import ImageFiles
+from harness.images import ImageFiles, stack, told_plainly
 
 
 class Batches:
@@ -78,7 +78,7 @@ class Batches:
     def examples(self, count):
         """Batch of at most `count` images spread evenly over the split, unflipped, of their middle."""
         index = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).long()
-        images = _stack_decoded([self.images[i] for i in index])[0] if self.streams else self.images[index]
+        images = stack([self.images[i] for i in index])[0] if self.streams else self.images[index]
         middle = torch.tensor([[room // 2 for room in self.room]]).expand(len(images), 2)
         return self._to_input(self._parts(images, middle) if any(self.room) else images)
 
@@ -117,12 +117,12 @@ class Batches:
         if not self._ahead or self._ahead[0] != (epoch, start):
             # A generator of its own: the loader seeds its workers from it, and training's must not notice.
             loader = torch.utils.data.DataLoader(
-                self.images, batch_sampler=self._endless(epoch, start), collate_fn=_stack_decoded,
+                self.images, batch_sampler=self._endless(epoch, start), collate_fn=stack,
                 num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator())
-            self._ahead = None, iter(loader)
+            self._ahead = None, told_plainly(loader, self.workers)
         decoded, self._ahead, skipped = self._ahead[1], None, 0
         for batch, *_ in plan:
-            images, kept = self._next(decoded)
+            images, kept = next(decoded)
             skipped += len(batch) - len(kept)
             if not len(kept) and self.world > 1:
                 raise ValueError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
@@ -132,15 +132,6 @@ class Batches:
         if skipped > self.skipped:  # once, not every epoch
             print(f"skipped {skipped} broken images of {len(self.labels)}")
             self.skipped = skipped
-
-    def _next(self, decoded):
-        """The next decoded batch; an error is told without the worker's traceback."""
-        try:
-            return next(decoded)
-        except (ValueError, OSError) as error:
-            if not self.workers:
-                raise
-            raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
 
     def _endless(self, epoch, start):
         """Lists of indices: the batches of an epoch and, in training, of those after it."""
@@ -160,8 +151,3 @@ class LatentBatches(Batches):
 
     def _to_input(self, latents):
         return latents.long()
-
-
-def _stack_decoded(images):
-    kept = torch.tensor([i for i, image in enumerate(images) if image is not None], dtype=torch.int64)
-    return torch.from_numpy(np.stack([images[i] for i in kept])) if len(kept) else None, kept

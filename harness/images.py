@@ -2,7 +2,6 @@
 import os
 import warnings
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,16 +99,34 @@ class ImageFiles(torch.utils.data.Dataset):
         Raises:
             ValueError: none of them decodes, or one does not that may not be skipped.
         """
-        if len(self) < MANY_FILES:
-            images = [self[i] for i in range(len(self))]
-        else:
-            with ProcessPoolExecutor() as pool:
-                images = list(pool.map(self.__getitem__, range(len(self)), chunksize=MANY_FILES // 8))
-        kept = [i for i, image in enumerate(images) if image is not None]
+        # The loader's processes, unlike those of a pool, end when this one is killed.
+        workers = torch.get_num_threads() if len(self) >= MANY_FILES else 0
+        loader = torch.utils.data.DataLoader(self, MANY_FILES // 8, num_workers=workers, collate_fn=stack,
+                                             generator=torch.Generator())
+        parts, kept = [], []
+        for number, (part, found) in enumerate(told_plainly(loader, workers)):
+            parts += [] if part is None else [part.clone()]  # out of shared memory, which is a file each
+            kept += (found + number * loader.batch_size).tolist()
         if not kept:
             raise ValueError(f"none of {len(self)} images decodes, the first is {self.paths[0]}")
-        broken = [path for path, image in zip(self.paths, images) if image is None]
-        return torch.from_numpy(np.stack([images[i] for i in kept])), kept, broken
+        broken = [self.paths[i] for i in sorted(set(range(len(self))) - set(kept))]
+        return torch.cat(parts), kept, broken
+
+
+def stack(images):
+    """(images that are not None as one tensor, None where there are none, and their numbers)."""
+    kept = torch.tensor([i for i, image in enumerate(images) if image is not None], dtype=torch.int64)
+    return torch.from_numpy(np.stack([images[i] for i in kept])) if len(kept) else None, kept
+
+
+def told_plainly(batches, workers):
+    """What a loader with so many worker processes yields; an error comes without the worker's traceback."""
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        if not workers:
+            raise
+        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
 
 
 def probe(path):

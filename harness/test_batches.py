@@ -1,10 +1,14 @@
 """Order, flips, shares, streaming and decoding."""
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import datasets
+from conftest import HERE
 from datasets import Source, load
 from harness.batches import Batches
 from harness.images import ImageFiles, decode, probe
@@ -141,3 +145,18 @@ def test_crops_and_flips_are_the_same_streamed_shared_and_resumed(tmp_path, monk
         train.shard(rank, world)
         shares.append([x for x, _ in train.epoch(3, start=2)])
     assert all(torch.equal(torch.cat(parts), x) for parts, x in zip(zip(*shares, strict=True), alone[2:], strict=True))
+
+
+def test_processes_that_decode_end_with_one_that_is_killed():
+    """Else they would hold the pipes of a comparison, which waits for them."""
+    code = """if True:
+        import torch
+        from harness import images
+        torch.set_num_threads(2)
+        images.MANY_FILES = 8
+        images.decode = lambda path, *_: print("at work", flush=True) or torch.zeros(256, 256, 3).byte().numpy()
+        images.ImageFiles([""] * 10 ** 6, (256, 256), 3).decode_all()"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "at work\n"
+    process.kill()
+    process.communicate(timeout=60)  # until every process has closed the pipe
