@@ -1,31 +1,18 @@
-"""Does a prior draw the class it is asked for? A small classifier, trained on the real images, is the judge."""
-from pathlib import Path
-
+"""Does a prior draw the class it is asked for, and how far from real images? A classifier trained on these judges."""
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import datasets
+from features import Judge, frechet_and_kernel_distance, open_network
 from harness import checkpoint, cli, report
 from latents import check_vqvae
+from metrics import as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
 
-def classifier(channels, n_classes):
-    """A convolutional network for small images: (B, C, H, W) in [-1, 1] -> logits (B, n_classes)."""
-    return nn.Sequential(
-        nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(64, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-        nn.Linear(512, n_classes))
-
-
-def accuracy(model, batches):
-    """Share of images (N, C, H, W) with labels (N,) that the model classifies so."""
-    model.eval()
-    with torch.no_grad():
-        right = [(model(x).argmax(1) == label).float() for x, label in batches]
-    return float(torch.cat(right).mean())
+@torch.no_grad()
+def agreement(judge, features, labels):
+    """Share of features (N, D) that the judge's classifier gives their labels (N,)."""
+    return float((judge.network.logits(features).argmax(1) == labels).float().mean())
 
 
 def main():
@@ -34,7 +21,6 @@ def main():
     parser.add_argument("--prior", required=True, metavar="PT",
                         help="checkpoint of pixelcnn_prior.py, or its run's folder")
     parser.add_argument("--data-folder", help="(default the VQ-VAE's)")
-    parser.add_argument("--epochs", type=cli.positive_int, default=2, help="of the judge (default %(default)s)")
     parser.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
     parser.add_argument("--temperature", type=cli.positive, default=1., help="(default %(default)s)")
     parser.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
@@ -43,38 +29,31 @@ def main():
     args = parser.parse_args()
 
     device = cli.pick_device(args.device)
-    found, prior_found = checkpoint.load(args.model, "vqvae"), checkpoint.load(args.prior, "prior")
-    classes = found["data"]["classes"]
+    ckpt, prior_ckpt = checkpoint.load(args.model, "vqvae"), checkpoint.load(args.prior, "prior")
+    classes = ckpt["data"]["classes"]
     if not classes:
         raise ValueError(f"{args.model} was trained on a data set without classes: there is nothing to agree on")
-    check_vqvae(prior_found, args.model)
-    data = datasets.load(found["data"]["name"], datasets.Source.of(found, args.data_folder), 128, device)
+    check_vqvae(prior_ckpt, args.model)
+    source = datasets.Source.of(ckpt, args.data_folder)
+    data = datasets.load(ckpt["data"]["name"], source, 128, device)
+    judge = Judge("classifier", open_network("classifier", data, source), data.test)
 
-    torch.manual_seed(args.seed)
-    judge = classifier(data.channels, len(classes)).to(device)
-    optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3)
-    for epoch in range(args.epochs):
-        judge.train()
-        for x, label in data.train.epoch(epoch):
-            loss = F.cross_entropy(judge(x), label)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    vqvae, prior = VectorQuantizedVAE.rebuild(found).to(device), GatedPixelCNN.rebuild(prior_found).to(device)
-    shape, samples = tuple(side // vqvae.downsample for side in data.size), []
-    generator = torch.Generator().manual_seed(args.seed)
-    for index in range(len(classes)):
-        label = torch.full((args.samples,), index, device=device)
-        latents = prior.generate(label, shape, args.samples, args.temperature, args.top_k, generator)
-        with torch.no_grad():
-            samples.append((vqvae.decode(latents), label))
+    vqvae, prior = VectorQuantizedVAE.rebuild(ckpt).to(device), GatedPixelCNN.rebuild(prior_ckpt).to(device)
+    shape, generator = tuple(side // vqvae.downsample for side in data.size), torch.Generator().manual_seed(args.seed)
+    labels = torch.arange(len(classes), device=device).repeat_interleave(args.samples)
     with torch.no_grad():
-        rebuilt = [(vqvae(x)[0], label) for x, label in data.test]
-    rows = [["real test images", accuracy(judge, data.test)], ["their reconstructions", accuracy(judge, rebuilt)],
-            [f"samples, {args.samples} a class", accuracy(judge, samples)]]
-    rows += [[f"  {name}", accuracy(judge, [part])] for name, part in zip(classes, samples)]
-    print(report.markdown_table([f"judged by {Path(__file__).stem}", "agreement"], rows))
+        drawn = [vqvae.decode(prior.generate(label, shape, len(label), args.temperature, args.top_k, generator))
+                 for label in labels.split(args.samples)]
+        samples = torch.cat([judge.network(as_8bit(x)) for x in drawn])
+        rebuilt = torch.cat([judge.network(as_8bit(vqvae(x)[0])) for x, _ in data.test])
+    rows = [["real test images", agreement(judge, judge.real, judge.labels), ""]]
+    for name, features, of in (("their reconstructions", rebuilt, judge.labels),
+                               (f"samples, {args.samples} a class", samples, labels)):
+        distance = frechet_and_kernel_distance(features, judge.real)["frechet_distance"]
+        rows.append([name, agreement(judge, features, of), distance])
+    rows += [[f"  {name}", agreement(judge, *part), ""]
+             for name, *part in zip(classes, samples.split(args.samples), labels.split(args.samples))]
+    print(report.markdown_table(["judged by the classifier", "agreement", "Fréchet distance"], rows))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 # SEEDS, BASELINE and MIX (the loss to beat and the one that should, as compare.py takes them), ONLY (some of the
 # questions, say ONLY="lasts rates").
 set -eu
-PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-mse=5} MIX=${MIX:-recommended}
+PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-l1=20} MIX=${MIX:-recommended}
 QUESTIONS="baselines lasts claim width rates quantizers instead photographs prior"
 
 case ${1:-} in
@@ -87,7 +87,7 @@ photographs() {
         --image-size 128 --random-crop --hidden-size 64 --batch-size 16 --num-epochs 120
 }
 
-# Does it help the prior? The same PixelCNN on the codes of both.
+# Does it help the prior? The same PixelCNN on the codes of both: nats, the distance and the classes of its samples.
 prior() {
     for run in models/study/epochs-$LONG/*-seed0; do
         name=study/prior/$(basename "$run")

@@ -115,11 +115,13 @@ def test_class_agreement_judges_a_prior(folder):
     code, _, err = call(folder, "pixelcnn_prior.py", "--model", "models/classes", *SMALL, "--num-epochs", "1",
                         "--output-folder", "class-prior")
     assert code == 0, err
-    flags = ("--prior", "models/class-prior", "--samples", "3", "--epochs", "1", "--device", "cpu")
+    flags = ("--prior", "models/class-prior", "--samples", "3", "--device", "cpu")
     code, out, err = call(folder, "class_agreement.py", "--model", "models/classes", *flags)
     assert code == 0, err
     shares = [float(line.split("|")[2]) for line in out.splitlines()[-5:]]
     assert len(shares) == 5 and all(0 <= share <= 1 for share in shares)
+    distances = [float(line.split("|")[3]) for line in out.splitlines()[-4:-2]]
+    assert all(distance >= 0 for distance in distances), out
     assert shares[2] == pytest.approx((shares[3] + shares[4]) / 2, abs=1e-3)
     for flag, message in ((("--model", "models/vqvae"), "another VQ-VAE"), (("--seed", "-1"), "whole number")):
         code, _, err = call(folder, "class_agreement.py", "--model", "models/classes", *flags, *flag)

@@ -19,7 +19,7 @@ VQVAE = [*TRAIN, "--hidden-size", "4", "--k", "8"]
 SHORTER = {
     "vqvae.py": VQVAE, "compare.py": [*VQVAE, "--seeds", "1"], "vqgan.py": [*VQVAE, "--disc-layers", "1"],
     "pixelcnn_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "2"],
-    "evaluate.py": ["--no-features"], "class_agreement.py": ["--epochs", "1", "--samples", "2"],
+    "evaluate.py": ["--no-features"], "class_agreement.py": ["--samples", "2"],
     "benchmark.py": ["--repeats", "1", "--device", "cpu", "prior-step"]}
 ELSEWHERE = ("make", "tensorboard", "python3", "pip", "./study.sh", "srun", "#SBATCH", "#!/bin/bash")
 SAMPLED = "--sample"
