@@ -48,10 +48,12 @@ def main():
     judges = [Judge(name, open_network(name, data, source), split) for name in features]
 
     names = short_names(list(checkpoints))
-    results, pictures = {}, [metrics.as_8bit(split.examples(PICTURES))]
+    results, of_first, pictures = {}, {}, [metrics.as_8bit(split.examples(PICTURES))]
     for path, contents in checkpoints.items():
         model = VectorQuantizedVAE.rebuild(contents).to(device, memory_format=torch.channels_last)
-        results[names[path]] = evaluate(model, split, judges, lpips) | training_cost(path) | {
+        values, figures = measure(model, split, judges=judges, extra=lpips)
+        of_first = of_first or values
+        results[names[path]] = figures | intervals(values, of_first) | training_cost(path) | {
             "checkpoint": path, "trained_through": trained_through(contents["args"])}
         with torch.no_grad():
             pictures.append(metrics.as_8bit(model(split.examples(PICTURES))[0]))
@@ -71,10 +73,17 @@ def short_names(paths):
     return {path: path if folders.count(folder) > 1 or not folder else folder for path, folder in zip(paths, folders)}
 
 
-def evaluate(model, split, judges=(), extra=None):
-    """Figures of a model as `evaluation.measure` takes and gives them; "<name>_interval" is 95%, by bootstrap."""
-    values, figures = measure(model, split, judges=judges, extra=extra)
-    return figures | {f"{name}_interval": metrics.bootstrap_interval(value) for name, value in values.items()}
+def intervals(values, of_first):
+    """95% bootstrap intervals over images: "<name>_interval" of a mean, and of its difference from the first model's
+    "<name>_difference" (mean, low, high), paired by image.
+
+    Args:
+        values, of_first: {name: (N,)}, of a model and of the first.
+    """
+    differences = {name: value - of_first[name] for name, value in values.items()}
+    return {f"{name}_interval": metrics.bootstrap_interval(value) for name, value in values.items()} | {
+        f"{name}_difference": (float(value.mean()), *metrics.bootstrap_interval(value))
+        for name, value in differences.items()}
 
 
 def open_lpips():
@@ -115,7 +124,14 @@ def table(results, setting):
         note += f"; distances at N = {setting['images']} compare within this setting only"
     if any(OWN_JUDGE in str(value) for row in rows for value in row):
         note += f"; {OWN_JUDGE} judged by the network that the model was trained through"
-    return report.markdown_table(header, rows) + f"\n\n{note}"
+    text = report.markdown_table(header, rows) + f"\n\n{note}"
+    (first, _), *others = results.items()
+    if others:
+        compared = [key for key in keys if f"{key}_difference" in figures_of_first]
+        rows = [[name, *("{:+.3g} [{:+.3g}, {:+.3g}]".format(*figures[f"{key}_difference"]) for key in compared)]
+                for name, figures in others]
+        text += f"\n\n{report.markdown_table([f'minus {first}, by image', *compared], rows)}"
+    return text
 
 
 def cell(figures, key):

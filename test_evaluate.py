@@ -41,6 +41,10 @@ def test_one_table_picture_and_file_of_several_models(folder):
         low, high = figures["psnr_interval"]
         assert low <= figures["psnr"] <= high and figures["frechet_distance"] > 0
         assert figures["ms_per_step"] == trained["ms_per_step"]
+    a, b = found["models"].values()
+    mean, low, high = b["ssim_difference"]
+    assert mean == pytest.approx(b["ssim"] - a["ssim"]) and low <= mean <= high and a["ssim_difference"] == [0, 0, 0]
+    assert f"| {b['psnr'] - a['psnr']:+.3g} [" in out and "minus a, by image" in out
     assert Image.open(folder / "evaluation" / "models.png").size[1] > 3 * 96
 
 
