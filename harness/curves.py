@@ -7,7 +7,12 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-PATTERN = "events.out.tfevents.*"  # names of the files that hold curves
+HPARAMS = "hparams"
+
+
+def files_of(folder):
+    """Files that hold the curves of the run in a folder, and none of runs in folders below."""
+    return [path for part in (folder, folder / HPARAMS) for path in part.glob("events.out.tfevents.*")]
 
 
 class Curves:
@@ -44,7 +49,7 @@ class Curves:
         """Add the flags of a run and what came of it, {tag: number}, in a file of their own as TensorBoard wants."""
         plain = {name: value if isinstance(value, (int, float, str, bool)) else str(value)
                  for name, value in flags.items()}
-        apart = Curves(self.folder / "hparams")
+        apart = Curves(self.folder / HPARAMS)
         for part in summary.hparams(plain, figures):
             apart._write(event_pb2.Event(summary=part), step)
         apart.scalars(figures, step)

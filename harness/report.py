@@ -31,8 +31,11 @@ def image_rows(rows, least_side=LEAST_SIDE):
 def save_picture(path, rows, least_side=LEAST_SIDE):
     """Save rows of images (N, C, H, W) in [0, 1] as a PNG; images smaller than `least_side` are enlarged."""
     from torchvision.utils import save_image
-    save_image(image_rows(rows, least_side), path)
+    buffer = io.BytesIO()
+    save_image(image_rows(rows, least_side), buffer, "png")
+    checkpoint.write_atomic(path, buffer.getbuffer())
     return path
+
 
 # --- figures of several runs
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from harness import checkpoint, curves, distributed
@@ -109,13 +110,14 @@ class Run:
             if moved:  # batches of another size: go on at the first that is not all done
                 done = self.batch * resumed["args"]["batch_size"] * world
                 self.batch = done // (args["batch_size"] * distributed.world_size())
+                self.batch -= self.batch % self.args.accumulate
             print(f"resuming {last} at epoch {self.epoch + 1}, step {self.step}")
             return resumed
         if self.args.resume:
             print(f"nothing to resume in {self.models}: starting anew")
         if not distributed.rank():
-            for file in [self.models / name for name in ("last.pt", "best.pt", "results.json")] + list(
-                    self.logs.rglob(curves.PATTERN)):
+            for file in (*(self.models / name for name in ("last.pt", "best.pt", "results.json")),
+                         *curves.files_of(self.logs)):
                 file.unlink(missing_ok=True)
         checkpoint.save_json(self.models / "args.json", args)
         return None
@@ -273,6 +275,9 @@ class Run:
     def save(self, name, **instead):
         """Save the state as models/<output folder>/<name>; `instead` replaces entries of it."""
         self._raise_if_not_finite()
+        for part in self.state.values():  # a finite loss may have a gradient that is not
+            if isinstance(part, nn.Module) and not all(bool(weight.isfinite().all()) for weight in part.parameters()):
+                raise ValueError(self._not_finite("a weight", self.step))
         counters = {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds,
                     "world": distributed.world_size()}
         checkpoint.save(self.models / name, self.kind, {
@@ -295,6 +300,9 @@ class Run:
         results = results | {"epochs": self.epoch, "steps": self.step, "train_seconds": round(self.seconds, 2),
                              "ms_per_step": round(1000 * self.seconds / max(1, self.step), 3),
                              "peak_memory_mb": round(peak_memory_mb(self.device), 1), "device": str(self.device)}
+        if self.resumed and self.resumed["counters"]["step"] == self.step and (self.models / "results.json").exists():
+            before = checkpoint.load_json(self.models / "results.json")  # this process trained nothing
+            results["peak_memory_mb"] = before.get("peak_memory_mb", results["peak_memory_mb"])
         checkpoint.save_json(self.models / "results.json", results)
         if self.curves:
             self.curves.hparams(vars(self.args), {f"test/{name}": results[name] for name in shown}, self._logged)

@@ -4,9 +4,10 @@ import json
 import math
 
 import pytest
+import torch
 from PIL import Image
 
-from harness import report
+from harness import distributed, report
 
 
 def test_spread():
@@ -43,6 +44,14 @@ def test_rank_correlations():
 def test_front_is_what_no_other_beats_in_both():
     assert report.front([(1, 5), (2, 4), (3, 1), (2, 2), (0, 5)], larger=True) == [(1, 5), (2, 4), (3, 1)]
     assert report.front([(1, 5), (2, 4), (3, 6), (2, 2)], larger=False) == [(2, 2), (3, 6)]
+
+
+def test_a_picture_is_written_by_one_process_as_a_whole(tmp_path, monkeypatch):
+    report.save_picture(tmp_path / "a.png", [torch.zeros(2, 3, 8, 8)])
+    before = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    report.save_picture(tmp_path / "a.png", [torch.ones(2, 3, 8, 8)])
+    assert (tmp_path / "a.png").read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_tables_and_plots_are_written(tmp_path):

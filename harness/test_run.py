@@ -117,6 +117,21 @@ def test_a_validation_that_is_not_finite_leaves_the_last_good_state(folder):
     assert run(folder, "--num-epochs", "3", "--resume", "--lr", "1e-5", "--precision", "bf16")[0] == 0
 
 
+def test_a_gradient_that_is_not_finite_is_never_saved(folder):
+    assert run(folder, "--num-epochs", "1")[0] == 0
+    before = (folder / "models" / "vqvae" / "last.pt").read_bytes()
+    code = ("import os, signal, sys, vqvae; from harness import cli, run\n"
+            "real = run.Run.update\n"
+            "def broken(self, optimizer):\n"
+            "    for weight in optimizer.param_groups[0]['params']:\n        weight.grad.fill_(float('nan'))\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n    return real(self, optimizer)\n"
+            "run.Run.update = broken\nsys.argv[0] = 'vqvae.py'\ncli.run(vqvae.main)")
+    done = subprocess.run([sys.executable, "-c", code, *SMALL, "--num-epochs", "2", "--resume"], cwd=folder, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    fails((done.returncode, done.stdout, done.stderr), "a weight", "not finite at step 5")
+    assert (folder / "models" / "vqvae" / "last.pt").read_bytes() == before
+
+
 def test_under_balance_a_fixed_metric_decides(folder):
     assert run(folder, "--num-epochs", "1", "--balance", "gradient", "--l1-weight", "1")[0] == 0
     assert json.loads((folder / "models" / "vqvae" / "args.json").read_text())["monitor"] == "mse"
@@ -132,6 +147,21 @@ def test_a_killed_and_resumed_run_shows_the_curves_of_one_that_was_not(folder):
     whole, cut = curves(folder, "whole"), curves(folder, "cut")
     assert whole == cut and [step for step, _ in whole["valid/psnr"]] == [3, 7, 11, 15]
     assert [step for step, _ in whole["loss/train/reconstruction"]] == list(range(0, 16, 2))
+
+
+def test_a_new_run_leaves_the_curves_of_runs_in_folders_below(folder):
+    assert run(folder, "--num-epochs", "1", "--output-folder", "a/b")[0] == 0
+    before = curves(folder, "a/b")
+    assert run(folder, "--num-epochs", "1", "--output-folder", "a")[0] == 0
+    assert before and curves(folder, "a/b") == before
+
+
+def test_a_finished_run_keeps_the_memory_that_its_training_took(folder):
+    assert run(folder, "--num-epochs", "1")[0] == 0
+    path = folder / "models" / "vqvae" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peak_memory_mb": 12345.6}))
+    assert run(folder, "--num-epochs", "1", "--resume")[0] == 0
+    assert json.loads(path.read_text())["peak_memory_mb"] == 12345.6
 
 
 def test_only_a_few_test_figures_are_shown(folder):
