@@ -225,6 +225,9 @@ def _complete_clips(splits):
     if len(clips) <= carved * len(missing):
         raise ValueError(f"{len(clips)} clips are too few to carve {' and '.join(missing)} from: add clips, or folders "
                          "valid and test")
+    if missing:
+        print(f"{' and '.join(missing)}: the last clips of train. A VQ-VAE that learnt from the same folder has seen "
+              "frames of them: folders train, valid and test keep them apart")
     for split in missing:
         clips, last = clips[:-carved], clips[-carved:]
         chosen = torch.isin(rows[:, 1], last).nonzero().squeeze(1)

@@ -53,10 +53,12 @@ class FirstStage:
         self.source = _inherit(args, ckpt)
         self.source.in_order = in_order
 
-    def batches(self, kind):
+    def batches(self, kind, of_classes=False):
         """Train, valid and test batches of latents for a run of `kind`, which fails here before an old one is replaced.
+
+        of_classes: whether the model is told them, and so must have seen those of each split.
         """
-        return split_latents(self.cached(kind), self.args, self.device)
+        return split_latents(self.cached(kind), self.args, self.device, of_classes)
 
     def cached(self, kind):
         """{split: (latents (N, h, w), labels (N,) or (N, 4))} for a run of `kind`, encoded once."""
@@ -150,11 +152,11 @@ def _inherit(args, ckpt):
     return source
 
 
-def split_latents(splits, args, device):
-    """Train, valid and test batches of latents; splits with classes that train lacks are carved from train."""
+def split_latents(splits, args, device, of_classes=False):
+    """Train, valid and test batches of latents; of classes, splits with some that train lacks are carved from train."""
     latents, labels = splits["train"]
     known = set(labels.flatten().tolist())
-    if labels.ndim == 1 and any(not set(splits[split][1].tolist()) <= known for split in ("valid", "test")):
+    if of_classes and any(not set(splits[split][1].tolist()) <= known for split in ("valid", "test")):
         print("valid and test have classes that train lacks: both are carved from train, a tenth each")
         tenth = max(1, len(labels) // 10)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(datasets.SPLIT_SEED))

@@ -42,7 +42,7 @@ def main():
         return sample(args, first)
 
     # Data fail here, before an old run is replaced.
-    train, valid, test = first.batches("prior")
+    train, valid, test = first.batches("prior", of_classes=bool(classes))
     autocast = cli.autocast(device, args.precision)
     torch.manual_seed(args.seed)
     model_args = {"input_dim": first.K, "dim": args.hidden_size_prior, "n_layers": args.num_layers,

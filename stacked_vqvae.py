@@ -65,7 +65,7 @@ def main():
         model.train()
         for grid, _ in run.batches(train):
             run.schedule_lr(optimizer, train)
-            absent = left_out(len(grid), args.without_codes, device)
+            absent = left_out(grid, args.without_codes)
             with autocast():
                 logits, alone, z_e, z_q, logits_codes, codes = network(grid, absent)
 
@@ -101,10 +101,10 @@ def main():
           f"curves: tensorboard --logdir {run.logs}")
 
 
-def left_out(count, share, device):
-    """Which (count,) of this process's images go without codes: the same numbers are drawn whatever the processes."""
-    world, rank = distributed.world_size(), distributed.rank()
-    return (torch.rand(count * world)[rank * count:(rank + 1) * count] < share).to(device)
+def left_out(grid, share):
+    """Which (B,) of this process's grids go without codes: the same numbers are drawn whatever the processes."""
+    count, offset = distributed.count_of(grid)
+    return (torch.rand(count)[offset:offset + len(grid)] < share).to(grid.device)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """stacked_vqvae.py, video_prior.py and class_agreement.py: runs, resumption, two processes, bad input."""
+import argparse
 import json
+import math
 import signal
 
 import numpy as np
@@ -7,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+import latents
+import stacked_vqvae
+import video_prior
 from conftest import call, start, stop_after
-from harness import checkpoint
+from harness import checkpoint, distributed
 from harness.test_distributed import finish, torchrun
 
 SMALL = ("--hidden-size-prior", "8", "--num-layers", "2", "--batch-size", "8", "--device", "cpu", "--precision", "fp32")
@@ -67,6 +72,15 @@ def test_two_processes_are_one(folder, script):
     assert two["nats_per_latent"] == pytest.approx(one["nats_per_latent"], rel=2e-3)
 
 
+def test_images_go_without_codes_whatever_the_shares_of_the_processes(monkeypatch):
+    def left_out(share, offset):
+        monkeypatch.setattr(distributed, "count_of", lambda rows: (5, offset))
+        torch.manual_seed(0)
+        return stacked_vqvae.left_out(torch.zeros(share, 4, 4), 0.5).tolist(), torch.rand(1)
+    (whole, after), (first, after_first), (second, _) = left_out(5, 0), left_out(3, 0), left_out(2, 3)
+    assert whole == first + second and set(whole) == {True, False} and after == after_first
+
+
 def test_the_stacked_model_draws(folder):
     code, out, err = train(folder, "stacked_vqvae.py", "--num-epochs", "1", "--output-folder", "draws")
     assert code == 0, err
@@ -87,6 +101,22 @@ def test_the_video_prior_rolls_out(folder):
     for flags, message in ((("--rollout", "5", "--action", "jump"), "no actions"), (("--rollout", "50"), "in a row")):
         code, _, err = train(folder, "video_prior.py", *flags, "--output-folder", "rolls")
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_first_stage_of_other_classes_in_test_keeps_its_splits():
+    grids = torch.zeros(20, 4, 4, dtype=torch.long)
+    splits = {"train": (grids, torch.zeros(20).long()), "valid": (grids[:4], torch.ones(4).long()),
+              "test": (grids[:3], torch.ones(3).long())}
+    args = argparse.Namespace(batch_size=8, seed=0, limit=None)
+    assert [len(part.images) for part in latents.split_latents(splits, args, "cpu")] == [20, 4, 3]
+
+
+def test_the_last_frame_is_compared_with_even_where_no_latent_stays():
+    still, moving = torch.zeros(1, 2, 2, 2).long(), torch.arange(2).view(1, 2, 1, 1).expand(1, 2, 2, 2)
+    figures = video_prior.as_the_last_frame([(moving, None)], [(moving, None)], 4)
+    assert figures == {"last_frame_nats_per_latent": pytest.approx(math.log(3)), "last_frame_right": 0}
+    figures = video_prior.as_the_last_frame([(moving, None)], [(still, None)], 4)
+    assert figures == {"last_frame_nats_per_latent": pytest.approx(-math.log(1e-9)), "last_frame_right": 1}
 
 
 @pytest.mark.parametrize("script, flags, message", [

@@ -220,7 +220,8 @@ def test_splits_without_the_training_classes_are_carved_from_train(folder, capsy
     splits = {"train": (grids, torch.arange(40) % 4), "valid": (grids[:4], torch.full((4,), 4)),
               "test": (grids[:4], torch.full((4,), 5))}
     args = argparse.Namespace(batch_size=8, seed=0, limit=None)
-    parts = [set(batches.images.flatten().tolist()) for batches in latents.split_latents(splits, args, "cpu")]
+    of = latents.split_latents(splits, args, "cpu", of_classes=True)
+    parts = [set(batches.images.flatten().tolist()) for batches in of]
     assert "carved from train" in capsys.readouterr().out
     assert [len(part) for part in parts] == [32, 4, 4] and len(set.union(*parts)) == 40
 

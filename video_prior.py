@@ -125,7 +125,7 @@ def as_the_last_frame(train, test, K):
     same = float(kept[0] / kept[1])
     kept = distributed.total(_kept(test))
     right = float(kept[0] / kept[1])
-    nats = -right * math.log(same) - (1 - right) * math.log(max(1 - same, 1e-9) / max(1, K - 1))
+    nats = -right * math.log(max(same, 1e-9)) - (1 - right) * math.log(max(1 - same, 1e-9) / max(1, K - 1))
     return {"last_frame_nats_per_latent": nats, "last_frame_right": right}
 
 
