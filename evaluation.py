@@ -47,7 +47,7 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         values["quantization"] = (z_e.float() - z_q).square().mean((1, 2, 3))
         if criterion:
             values["loss"] = criterion(x_tilde, x)[0].expand(len(x))
-        columns.append({name: value.double() for name, value in values.items()})
+        columns.append({name: value.cpu().double() for name, value in values.items()})
         for judge, seen in zip(judges, features):
             seen.append(judge.network(a))
     model.train(was_training)

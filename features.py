@@ -149,11 +149,13 @@ def frechet_and_kernel_distance(fake, real):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it keeps all features, which are at hand anyway
         kernel = KernelInceptionDistance(feature=_Given(fake.shape[1]), subsets=SUBSETS,
-                                         subset_size=min(SUBSET, len(fake), len(real)))
+                                         subset_size=max(1, min(SUBSET, len(fake) // 2, len(real) // 2)))
     for metric in (frechet, kernel):
         metric.update(real.cpu(), real=True)
         metric.update(fake.cpu(), real=False)
-    mean, deviation = kernel.compute()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)  # the subsets depend on nothing else
+        mean, deviation = kernel.compute()
     return {"frechet_distance": float(frechet.compute()), "kernel_distance": float(mean),
             "kernel_distance_sd": float(deviation)}
 

@@ -32,7 +32,8 @@ def ssim(x_tilde, x):
     On images smaller than the window, the largest odd window that fits.
     """
     window = min(11, *(side - 1 + side % 2 for side in x.shape[2:]))
-    return msssim_ssim(x_tilde, x, data_range=1., size_average=False, win_size=window)
+    with torch.backends.cudnn.flags(allow_tf32=False):  # variances are small differences of large numbers
+        return msssim_ssim(x_tilde, x, data_range=1., size_average=False, win_size=window)
 
 
 def _mean_gradient(x):
@@ -89,6 +90,7 @@ def codebook_usage(counts):
     Returns:
         dict: perplexity exp(H) in [1, K], the number of codes used as if evenly; used_codes; dead_codes = K - used.
     """
+    counts = counts.cpu()  # a GPU may lack float64
     p = counts.double() / counts.sum().clamp(min=1)
     used = int((counts > 0).sum())
     perplexity = float(torch.special.entr(p).sum().exp())

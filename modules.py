@@ -340,10 +340,10 @@ def draw(logits, temperature=1., top_k=None, generator=None):
     """
     if not temperature > 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"temperature and top-k must be positive, got {temperature} and {top_k}")
-    logits = logits.double() / temperature
+    device, logits = logits.device, logits.cpu().double() / temperature  # a GPU may lack float64
     if top_k is not None and top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     cumulative = logits.softmax(1).cumsum(1)
-    uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator).to(logits.device)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1).clamp(
-        max=logits.shape[1] - 1)
+    uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator)
+    codes = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    return codes.clamp(max=logits.shape[1] - 1).to(device)

@@ -31,6 +31,14 @@ def test_equal_features_are_at_no_distance():
     assert abs(frechet) < 1e-6 and abs(kernel) < 0.02
 
 
+def test_the_kernel_distance_is_of_proper_subsets_and_repeats():
+    real, fake = torch.randn(300, 8), torch.randn(300, 8) + 0.3
+    state = torch.get_rng_state()
+    first, second = (features.frechet_and_kernel_distance(fake, real) for _ in range(2))
+    assert first == second and torch.equal(state, torch.get_rng_state())
+    assert first["kernel_distance_sd"] > 0.01 * first["kernel_distance"]
+
+
 def test_effnet_lite0_has_trained_features_of_any_image():
     network = features.EffNetLite0()
     x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
