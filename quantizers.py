@@ -219,19 +219,20 @@ class FSQ(nn.Module):
 
 
 def fsq_levels(K):
-    """Levels of 2 to 8, largest first, whose product is nearest to K; of such, those whose least is the largest.
+    """Levels of 3 to 8, largest first, whose product is nearest to K; of such, those whose least is the largest.
 
-    The paper's advice is five or more of each, of which few products are powers of two.
+    The paper's advice is five or more of each, of which few products are powers of two. With two, an even number that
+    has zero among its levels, one of them would lie out of reach.
 
     Raises:
-        ValueError: K is below 2.
+        ValueError: K is below 3.
     """
-    if K < 2:
-        raise ValueError(f"fsq needs at least 2 codes, got {K}")
-    found, longer = [], [(level,) for level in range(2, 9)]
+    if K < 3:
+        raise ValueError(f"fsq needs at least 3 codes, got {K}")
+    found, longer = [], [(level,) for level in range(3, 9)]
     while longer:
         found += longer
-        longer = [(*levels, level) for levels in longer for level in range(2, levels[-1] + 1)
+        longer = [(*levels, level) for levels in longer for level in range(3, levels[-1] + 1)
                   if math.prod(levels) * level < 2 * K]
     return min(found, key=lambda levels: (abs(math.prod(levels) - K), -levels[-1], len(levels), levels))
 

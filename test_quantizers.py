@@ -235,24 +235,21 @@ def test_one_image_of_one_latent_is_refused_before_it_trains(tmp_path):
 # --- finite scalars
 
 def test_levels_come_as_near_as_any_product_of_them():
-    def smooth(number):
-        for prime in (2, 3, 5, 7):
-            while number % prime == 0:
-                number //= prime
-        return number == 1  # exactly then is it a product of levels 2...8
-    reachable = [number for number in range(2, 700) if smooth(number)]
-    for K in range(2, 600):
+    reachable = {1}
+    for _ in range(7):  # times 3 to 8, as often as fits
+        reachable |= {number * level for number in reachable for level in range(3, 9) if number * level < 1400}
+    for K in range(3, 600):
         levels = fsq_levels(K)
-        assert set(levels) <= set(range(2, 9)) and list(levels) == sorted(levels, reverse=True)
-        assert abs(math.prod(levels) - K) == min(abs(number - K) for number in reachable)
+        assert set(levels) <= set(range(3, 9)) and list(levels) == sorted(levels, reverse=True)
+        assert abs(math.prod(levels) - K) == min(abs(number - K) for number in reachable - {1})
         assert fsq_levels(math.prod(levels)) == levels  # so that a checkpoint's K builds the same model
     assert [fsq_levels(K) for K in (512, 1000, 4096)] == [(8, 8, 8), (8, 5, 5, 5), (8, 8, 8, 8)]
-    with pytest.raises(ValueError, match="at least 2"):
-        fsq_levels(1)
+    with pytest.raises(ValueError, match="at least 3"):
+        fsq_levels(2)
 
 
 def test_every_level_is_reached_and_zero_is_one_of_them():
-    for K in (2, 3, 4, 5, 8):
+    for K in (3, 4, 5, 8):
         quantizer = QUANTIZERS["fsq"](K, 1)
         with torch.no_grad():
             quantizer.narrow.weight.fill_(1.), quantizer.narrow.bias.zero_()
