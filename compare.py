@@ -64,6 +64,9 @@ def parse_args():
                         help="runs go to models/NAME/, tables and pictures too, those of "
                         "the test split to models/NAME/test/ (default %(default)s)")
     args, flags = parser.parse_known_args()
+    if args.split == "test" and len(args.baseline) > 1:
+        parser.error("several --baseline with --split test would choose among them on test: name the one that valid "
+                     "chose")
     for flag in (flag.split("=")[0] for flag in (*flags, *args.vqgan_flags)):
         if flag in ("--output-folder", "--seed", "--resume", "--overwrite", "--recipe"):
             parser.error(f"{flag} is set by this script for each run")
@@ -132,8 +135,7 @@ def measure_runs(runs, split, networks, setting, jobs, threads):
         # Processes, because two networks in threads of one slow each other down.
         pool = ProcessPoolExecutor(jobs, get_context("spawn"), prepare_measuring, (split, judges, threads)) \
             if jobs > 1 else ThreadPoolExecutor(1, initializer=prepare_measuring, initargs=(split, judges, threads))
-        for key, figures in in_turn(pool, jobs, "measured", missing, lambda key: (measure_run, missing[key])).items():
-            checkpoint.save_json(kept[key], {"key": keys[key], "figures": figures})
+        in_turn(pool, jobs, "measured", missing, lambda key: (measure_and_keep, missing[key], kept[key], keys[key]))
     return {key: checkpoint.load_json(path)["figures"] for key, path in kept.items()}
 
 
@@ -143,6 +145,10 @@ _measuring = {}  # of a process that measures: the split and its judges
 def prepare_measuring(split, judges, threads):
     torch.set_num_threads(threads)
     _measuring.update(split=split, judges=judges)
+
+
+def measure_and_keep(run, path, key):
+    checkpoint.save_json(path, {"key": key, "figures": measure_run(run)})
 
 
 def measure_run(run):
@@ -227,7 +233,9 @@ def against_baselines(sweep, figures, judged, of_report):
         ratios = {key: sweep.against_baseline(figures, name, key, lambda ours, theirs: ours / theirs)
                   for key in judged}
         row |= {f"{key} / baseline": report.ratio(values) + mark(figures, name, key) for key, values in ratios.items()}
-        row["mean of judges / baseline"] = report.ratio([sum(values) / len(judged) for values in zip(*ratios.values())])
+        row["mean of judges / baseline"] = report.ratio(
+            [sum(values) / len(judged) for values in zip(*ratios.values())]) + max(
+            mark(figures, name, key) for key in judged)
         if of_report:
             row["report FID / mse"] = REPORT_RATIOS.get(name, "")
         rows.append(row)

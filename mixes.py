@@ -113,13 +113,13 @@ PRESETS = {"report": report_mixes, "baselines": baseline_mixes}
 # --- commands
 
 def command_of(mix, seed, flags, vqgan_flags):
-    """Command line of the run of a mix and a seed, the script first; a mix wins over `flags`."""
+    """Command line of the run of a mix and a seed, the script first; later ones win: flags, vqgan_flags, the mix."""
     terms = terms_of(mix) if RECIPE not in mix else {}
     named = TERMS if terms else [name for name in mix if name in TERMS]
     weights = [part for name in named for part in (f"--{name}-weight", _text(terms.get(name, mix.get(name, 0.))))]
     more = [part for name in FLAGS if name in mix for part in (FLAGS[name][0], _text(mix[name]))]
-    script = ["vqgan.py", *vqgan_flags] if VQGAN in mix else ["vqvae.py"]
-    return [*script, "--recipe", mix.get(RECIPE, BASE), *flags, *weights, *more, "--seed", str(seed)]
+    script, own = ("vqgan.py", vqgan_flags) if VQGAN in mix else ("vqvae.py", [])
+    return [script, "--recipe", mix.get(RECIPE, BASE), *flags, *own, *weights, *more, "--seed", str(seed)]
 
 
 @cache
@@ -130,7 +130,7 @@ def _parser():
 
 
 def meaning(command):
-    """What a command of `command_of` trains: script, {flag: value} of vqvae.py, the further flags of vqgan.py.
+    """What a command of `command_of` trains: script, {flag: value} of vqvae.py, {flag: text} of vqgan.py's own.
 
     Commands that mean the same are told apart by no way of writing them. A wrong flag ends the script.
     """
@@ -140,4 +140,6 @@ def meaning(command):
         args, rest = _parser().parse_known_args([*RECIPES[args.recipe].split(), *flags])
     if rest and script == "vqvae.py":
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    return script, {name: value for name, value in vars(args).items() if name != "recipe"}, sorted(rest)
+    words = [word for part in rest for word in part.split("=", 1)]  # each flag of vqgan.py has one value
+    own = dict(zip(words[::2], words[1::2]))
+    return script, {name: value for name, value in vars(args).items() if name != "recipe"}, own

@@ -75,7 +75,8 @@ def test_what_another_command_trained_is_refused(folder):
     (("--seed", "3"), "--seed is set by this script"), (("--recipe", "mse"), "--recipe is set by this script"),
     (("--ssim-weight", "3"), "--losses mse=1,ssim=3"), (("--ssim-weight=3",), "--losses mse=1,ssim=3"),
     (("--ssim-w", "3"), "unrecognized arguments"), (("--vqgan-flags", "--mse-weight 2"), "weights stand in a mix"),
-    (("--rates", "ssim=1"), "--rates takes"), (("--baseline", "nothing"), "no loss term")])
+    (("--rates", "ssim=1"), "--rates takes"), (("--baseline", "nothing"), "no loss term"),
+    (("--split", "test", "--baseline", "mse", "l1=1"), "name the one that valid chose")])
 def test_flags_that_would_be_ignored_are_refused_before_anything_is_trained(tmp_path, flags, says):
     code, _, err = call(tmp_path, "compare.py", "--losses", "mse", *flags)
     assert code == 2 and says in err and not (tmp_path / "models").exists()

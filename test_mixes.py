@@ -70,9 +70,18 @@ def test_a_recipe_as_a_mix_is_the_script_with_that_recipe(recipe):
 def test_what_the_discriminator_needs_goes_to_vqgan_alone():
     mix = mixes.parse_mix("l1,vqgan=0.1,disc-start=0.8,perceptual=2")
     command = mixes.command_of(mix, 0, ["--k", "64"], ["--disc-layers", "3"])
-    assert command[0] == "vqgan.py" and command[1:3] == ["--disc-layers", "3"]
-    pairs = dict(zip(command, command[1:]))
-    assert (pairs["--disc-weight"], pairs["--disc-start"], pairs["--perceptual-weight"]) == ("0.1", "0.8", "2")
+    script, flags, own = mixes.meaning(command)
+    assert script == "vqgan.py" and flags["k"] == 64
+    assert own == {"--disc-layers": "3", "--disc-weight": "0.1", "--disc-start": "0.8", "--perceptual-weight": "2"}
+    assert mixes.meaning(mixes.command_of({"l1": 1.}, 0, [], ["--disc-layers", "3"]))[2] == {}
+
+
+def test_flags_of_the_vqgan_alone_win_over_those_of_all():
+    def trained(*flags):
+        return mixes.meaning(mixes.command_of({"l1": 1., "vqgan": 0.1}, 0, ["--minutes", "10"], flags))
+    assert trained("--minutes", "5")[1]["minutes"] == 5
+    assert trained("--disc-cap=7", "--disc-lr", "0.8") == trained("--disc-lr", "0.8", "--disc-cap", "7")
+    assert trained("--disc-cap", "7", "--disc-lr", "0.8") != trained("--disc-cap", "0.8", "--disc-lr", "7")
 
 
 def reversed_pairs(flags):

@@ -37,7 +37,7 @@ def main():
     setup = experiment.Experiment(args)
     optimizer, criterion, device = setup.optimizer, setup.criterion, setup.device
     PatchDiscriminator.check_size(setup.data.size, args.disc_layers)
-    with torch.random.fork_rng():  # the VQ-VAE draws the same random numbers as in vqvae.py
+    with torch.random.fork_rng([]):  # the VQ-VAE draws the same random numbers as in vqvae.py
         discriminator = PatchDiscriminator(setup.data.channels, args.disc_hidden_size, args.disc_layers)
     discriminator = discriminator.to(device, memory_format=torch.channels_last)
     disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.disc_lr or args.lr,
@@ -56,21 +56,22 @@ def main():
 
             # Reconstruction, codes towards the encoder's outputs, and those towards their codes.
             loss_reconstruction, parts = criterion(x_tilde, x, apart=run.log_now())
+            loss_seen, curves = loss_reconstruction, {}
             if perceptual:
                 with setup.autocast():
                     parts["perceptual"] = perceptual(x_tilde, x)
-                loss_reconstruction = loss_reconstruction + args.perceptual_weight * parts["perceptual"]
+                loss_seen = loss_reconstruction + args.perceptual_weight * parts["perceptual"]
+                curves["loss/train/perceptual"] = parts["perceptual"]
             loss_quantization = F.mse_loss(z_q, z_e.detach().float())
             loss_commitment = F.mse_loss(z_e.float(), z_q.detach())
-            loss = loss_reconstruction + loss_quantization + args.beta * loss_commitment
+            loss = loss_seen + loss_quantization + args.beta * loss_commitment
 
             # The decoder against the discriminator, weighted so that both pull at its last layer alike.
-            curves = {}
             if adversarial:
                 loss_generator = generator_loss(discriminator, x_tilde, setup.autocast)
-                weight = adaptive_weight(loss_reconstruction, loss_generator, last_layer, args.disc_cap)
+                weight = adaptive_weight(loss_seen, loss_generator, last_layer, args.disc_cap)
                 loss = loss + args.disc_weight * weight * loss_generator
-                curves = {"vqgan/lambda": weight, "loss/train/generator": loss_generator}
+                curves |= {"vqgan/lambda": weight, "loss/train/generator": loss_generator}
             run.check_finite(loss, parts)
 
             run.backward(loss)
