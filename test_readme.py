@@ -19,10 +19,12 @@ VQVAE = [*TRAIN, "--hidden-size", "4", "--k", "8"]
 SHORTER = {
     "vqvae.py": VQVAE, "compare.py": [*VQVAE, "--seeds", "1"], "vqgan.py": [*VQVAE, "--disc-layers", "1"],
     "pixelcnn_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "2"],
+    "stacked_vqvae.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1", "--codes", "2"],
+    "video_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1"],
     "evaluate.py": ["--no-features"], "class_agreement.py": ["--samples", "2"],
     "benchmark.py": ["--repeats", "1", "--device", "cpu", "prior-step"]}
 ELSEWHERE = ("make", "tensorboard", "python3", "pip", "./study.sh", "srun", "#SBATCH", "#!/bin/bash")
-SAMPLED = "--sample"
+DRAWN = {"--sample": ["--sample", "2"], "--rollout": ["--rollout", "2"]}  # with a trained model
 
 
 def blocks():
@@ -41,13 +43,14 @@ def shortened(words):
     for flag in flags:
         if skip:
             skip = False
-        elif flag in ("--dataset", "--data-folder", "--minutes", "--image-size", "--warmup-steps"):
+        elif flag in ("--dataset", "--data-folder", "--minutes", "--image-size", "--warmup-steps", "--action"):
             skip = True
         elif flag != "--random-crop":
             kept += ["photo"] if flag == "holiday/" else ["photo/a.jpg"] if flag == "photo.jpg" else [flag]
     data = ["--data-folder", "images"] if script in ("vqvae.py", "vqgan.py", "compare.py") else []
     more = SHORTER.get(script, [])
-    return script, [*kept, *data, *(more[2:4] if SAMPLED in kept else more)]
+    drawn = next((small for flag, small in DRAWN.items() if flag in kept), None)
+    return script, [*kept, *data, *([*drawn, "--device", "cpu"] if drawn else more)]
 
 
 class Immediate(Executor):
@@ -69,12 +72,13 @@ def train_here(run, command, threads):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the README's reader is: images of ten classes."""
+    """Where the README's reader is: ten classes, or clips, of images."""
     folder = tmp_path_factory.mktemp("reader")
     write_images(folder, 100, side=32)
-    for i, path in enumerate(sorted((folder / "images").iterdir())):
-        (folder / "images" / str(i % 10)).mkdir(exist_ok=True)
-        path.rename(folder / "images" / str(i % 10) / path.name)
+    for path in sorted((folder / "images").iterdir()):
+        clip = folder / "images" / str(int(path.stem) // 10)  # or class
+        clip.mkdir(exist_ok=True)
+        path.rename(clip / path.name)
     (folder / "photo").mkdir()
     Image.new("RGB", (40, 50), "red").save(folder / "photo" / "a.jpg")
     return folder
