@@ -8,10 +8,10 @@ from PIL import Image
 
 from harness.checkpoint import write_atomic
 
-FRAMES = {"train": 8000, "valid": 1000, "test": 1000}
+FRAMES = {"train": 32000, "valid": 1000, "test": 1000}
 SIZE, SKIP = 84, 4  # pixels a side; emulator frames between two that are kept
 HELD = (3, 8)  # least and most frames for which a random action is kept up, so that one sees what it does
-VERSION = 2  # of what the cache holds: a file of another is rendered anew
+VERSION = 3  # of what the cache holds: a file of another is rendered anew
 ACTIONS = ["noop", "fire", "up", "right", "left", "down", "upright", "upleft", "downright", "downleft", "upfire",
            "rightfire", "leftfire", "downfire", "uprightfire", "upleftfire", "downrightfire", "downleftfire"]
 MARK = f"boxing-{SIZE}.npz"

@@ -125,11 +125,11 @@ class VideoPrior(Rebuilt, nn.Module):
 
     def __init__(self, K, context=2, n_actions=0, dim=64, n_layers=4):
         super().__init__()
-        self.context, self.n_actions, width = context, n_actions, max(1, dim // 2)
+        self.context, self.n_actions, width = context, n_actions, dim
         self.embedding = nn.Embedding(K, width)
         self.action = nn.Embedding(n_actions, dim) if n_actions else None
         self.inwards = nn.Conv2d(context * width, dim, 5, 1, 2)
-        self.deeper = nn.ModuleList(nn.Conv2d(dim, dim, 3, 1, 1) for _ in range(2))
+        self.deeper = nn.ModuleList(nn.Conv2d(dim, dim, 3, 1, 1) for _ in range(4))
         self.pixelcnn = GatedPixelCNN(K, dim, n_layers, 0, condition_dim=dim)
 
     def condition(self, before, action=None):

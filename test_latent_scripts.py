@@ -98,6 +98,7 @@ def test_the_video_prior_rolls_out(folder):
     assert Image.open(folder / "models" / "rolls" / "rollout-recorded.gif").n_frames > 1
     videos = torch.load(folder / "models" / "rolls" / "rollout-recorded.pt", weights_only=True)
     assert videos["real"].shape == videos["generated"].shape == (2, 5, 3, 16, 16)
+    assert videos["real"].dtype == torch.uint8
     for flags, message in ((("--rollout", "5", "--action", "jump"), "no actions"), (("--rollout", "50"), "in a row")):
         code, _, err = train(folder, "video_prior.py", *flags, "--output-folder", "rolls")
         assert code == 2 and message in err and err.count("\n") == 1

@@ -169,15 +169,19 @@ def roll_out(args, first, actions, device):
     videos = [first.decode(part.flatten(0, 1)).unflatten(0, part.shape[:2]).cpu()
               for part in (real[:, context:], drawn)]
     name = folder / f"rollout-{args.action.replace(',', '-')[:60]}"
-    torch.save({"real": videos[0], "generated": videos[1], "actions": chosen.cpu()}, f"{name}.pt")
+    torch.save({"real": _bytes(videos[0]), "generated": _bytes(videos[1]), "actions": chosen.cpu()}, f"{name}.pt")
     print(f"above real, below generated: {save_gif(f'{name}.gif', videos, args.fps)}, "
-          f"{save_strip(f'{name}.png', videos)}\nframes as tensors: {name}.pt")
+          f"{save_strip(f'{name}.png', videos)}\nframes as uint8 (N, T, C, H, W): {name}.pt")
+
+
+def _bytes(images):
+    return (images * 255).round().byte()
 
 
 def save_gif(path, videos, fps):
     """Save videos (N, T, C, H, W) in [0, 1], the first in a row above the second."""
     frames = [report.image_rows([video[:, t] for video in videos]) for t in range(videos[0].shape[1])]
-    frames = [Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy()) for frame in frames]
+    frames = [Image.fromarray(_bytes(frame).permute(1, 2, 0).numpy()) for frame in frames]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
     return Path(path)
 
