@@ -9,11 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from harness import cli
 
 HERE = Path(__file__).parent
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Sums depend on the number of threads, which compare.py sets where it measures."""
+    torch.set_num_threads(THREADS)
 
 
 def write_images(folder, count, side=16):

@@ -179,11 +179,13 @@ def _exact_products():
         torch.set_float32_matmul_precision(allowed)
 
 
-@cache
 def _block(device):
     """Distances that a block may hold."""
-    if device.type != "cuda":
-        return BLOCK
+    return _gpu_block(device) if device.type == "cuda" else BLOCK
+
+
+@cache
+def _gpu_block(device):
     free = torch.cuda.mem_get_info(device)[0] // 4  # float32 numbers
     return max(BLOCK, min(LARGEST_BLOCK, int(free * SHARE_OF_MEMORY)))
 

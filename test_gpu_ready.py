@@ -115,10 +115,10 @@ def test_a_loss_that_turns_nan_between_two_logs_never_reaches_a_checkpoint(folde
 @pytest.fixture
 def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 ** 34, 2 ** 35))
-    functions._block.cache_clear()
+    functions._gpu_block.cache_clear()
     with FakeTensorMode():
         yield torch.device("cuda")
-    functions._block.cache_clear()
+    functions._gpu_block.cache_clear()
 
 
 def on_cuda(*tensors):
@@ -221,6 +221,6 @@ def test_equal_codes_share_the_lowest_index(seed):
 def test_the_block_of_a_gpu_follows_its_free_memory_within_bounds(monkeypatch):
     for free, expected in ((0, functions.BLOCK), (2 ** 40, functions.LARGEST_BLOCK), (2 ** 31, 2 ** 31 // 4 // 64)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
-        functions._block.cache_clear()
+        functions._gpu_block.cache_clear()
         assert functions._block(torch.device("cuda")) == expected
-    functions._block.cache_clear()
+    functions._gpu_block.cache_clear()

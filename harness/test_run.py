@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,6 +200,7 @@ def rates(*progress, **flags):
     found = []
     for epoch, batch in progress:
         run = SimpleNamespace(args=args, epoch=epoch, batch=batch, step=7919, _time_share=lambda epoch=epoch: epoch / 4)
+        run.progress = partial(Run.progress, run)
         Run.schedule_lr(run, optimizer, range(10))
         found.append(optimizer.param_groups[0]["lr"] / 2)
     return found
