@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 
-from harness.images import ImageFiles, stack, told_plainly
+from harness.images import ImageFiles, stack
 
 
 class Batches:
@@ -115,11 +115,8 @@ class Batches:
     def _stream(self, plan, epoch, start):
         """Decoded batches. Where epochs follow one another, the workers go on into the next while others compute."""
         if not self._ahead or self._ahead[0] != (epoch, start):
-            # A generator of its own: the loader seeds its workers from it, and training's must not notice.
-            loader = torch.utils.data.DataLoader(
-                self.images, batch_sampler=self._endless(epoch, start), collate_fn=stack,
-                num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator())
-            self._ahead = None, told_plainly(loader, self.workers)
+            self._ahead = None, self.images.batches(self.workers, batch_sampler=self._endless(epoch, start),
+                                                    pin_memory=self.device.type == "cuda")
         decoded, self._ahead, skipped = self._ahead[1], None, 0
         for batch, *_ in plan:
             images, kept = next(decoded)

@@ -3,6 +3,7 @@ import os
 import warnings
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,20 +94,32 @@ class ImageFiles(torch.utils.data.Dataset):
         paths = self.paths[index] if isinstance(index, slice) else [self.paths[i] for i in index]
         return ImageFiles(paths, self.size, self.channels, self.skip_broken, self.resize)
 
+    def batches(self, workers, **how):
+        """What `stack` makes of the batches of a DataLoader with so many processes, which end when this one does.
+
+        An error comes without the traceback of its process.
+        """
+        # A generator of its own: the loader seeds its workers from it, and training's must not notice.
+        loader = torch.utils.data.DataLoader(self, num_workers=workers, collate_fn=stack, generator=torch.Generator(),
+                                             worker_init_fn=partial(_end_with, os.getpid()), **how)
+        try:
+            yield from loader
+        except (ValueError, OSError) as error:
+            if not workers:
+                raise
+            raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+
     def decode_all(self):
         """All that decode as one tensor (N, H, W, C) uint8, their numbers, and the paths of those that are broken.
 
         Raises:
             ValueError: none of them decodes, or one does not that may not be skipped.
         """
-        # The loader's processes, unlike those of a pool, end when this one is killed.
-        workers = torch.get_num_threads() if len(self) >= MANY_FILES else 0
-        loader = torch.utils.data.DataLoader(self, MANY_FILES // 8, num_workers=workers, collate_fn=stack,
-                                             generator=torch.Generator())
+        workers, batch_size = torch.get_num_threads() if len(self) >= MANY_FILES else 0, MANY_FILES // 8
         parts, kept = [], []
-        for number, (part, found) in enumerate(told_plainly(loader, workers)):
+        for number, (part, found) in enumerate(self.batches(workers, batch_size=batch_size)):
             parts += [] if part is None else [part.clone()]  # out of shared memory, which is a file each
-            kept += (found + number * loader.batch_size).tolist()
+            kept += (found + number * batch_size).tolist()
         if not kept:
             raise ValueError(f"none of {len(self)} images decodes, the first is {self.paths[0]}")
         broken = [self.paths[i] for i in sorted(set(range(len(self))) - set(kept))]
@@ -119,14 +132,10 @@ def stack(images):
     return torch.from_numpy(np.stack([images[i] for i in kept])) if len(kept) else None, kept
 
 
-def told_plainly(batches, workers):
-    """What a loader with so many worker processes yields; an error comes without the worker's traceback."""
-    try:
-        yield from batches
-    except (ValueError, OSError) as error:
-        if not workers:
-            raise
-        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+def _end_with(parent, _):
+    """End a loader's process that starts when its parent is dead already, and so would never notice."""
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def probe(path):

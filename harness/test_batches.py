@@ -147,16 +147,26 @@ def test_crops_and_flips_are_the_same_streamed_shared_and_resumed(tmp_path, monk
     assert all(torch.equal(torch.cat(parts), x) for parts, x in zip(zip(*shares, strict=True), alone[2:], strict=True))
 
 
-def test_processes_that_decode_end_with_one_that_is_killed():
+@pytest.mark.parametrize("when", ["starting", "at work"])
+def test_processes_that_decode_end_with_one_that_is_killed(when):
     """Else they would hold the pipes of a comparison, which waits for them."""
-    code = """if True:
+    code = f"""if True:
+        import os, time
         import torch
         from harness import images
+
+        def wait_for_the_end_of(parent):
+            print("starting", flush=True)
+            while {when == "starting"} and os.getppid() == parent:
+                time.sleep(0.01)
+
         torch.set_num_threads(2)
+        torch.set_num_threads = lambda _, parent=os.getpid(): wait_for_the_end_of(parent)  # a worker's first call
         images.MANY_FILES = 8
         images.decode = lambda path, *_: print("at work", flush=True) or torch.zeros(256, 256, 3).byte().numpy()
         images.ImageFiles([""] * 10 ** 6, (256, 256), 3).decode_all()"""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "at work\n"
+    while process.stdout.readline() != f"{when}\n":
+        pass
     process.kill()
     process.communicate(timeout=60)  # until every process has closed the pipe
