@@ -187,7 +187,7 @@ def _plain_logits(model, latents, label):
     height, width = latents.shape[1:]
     x_v = x_h = model.embedding(latents).permute(0, 3, 1, 2)
     for layer in model.layers:
-        if layer.hidden:
+        if layer.masked:
             layer.vert_stack.weight.data[:, :, -1].zero_()
             layer.horiz_stack.weight.data[:, :, :, -1].zero_()
         condition = layer.class_cond_embedding(label)[:, :, None, None]
@@ -206,7 +206,7 @@ def prior_step(device):
     vqvae, autocast = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval(), cli.autocast(device, "auto")
     plain, ours = GatedPixelCNN(CODES).to(device), GatedPixelCNN(CODES).to(device, memory_format=torch.channels_last)
     plain_optimizer = torch.optim.Adam(plain.parameters())
-    our_optimizer = torch.optim.Adam(ours.parameters(), fused=True)
+    our_optimizer = cli.adam(ours.parameters(), lr=1e-3)
 
     def plain_step():
         with torch.no_grad():

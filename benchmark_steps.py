@@ -18,10 +18,12 @@ import recipes
 from datasets import Source, load
 from harness import cli
 from harness.batches import Batches
+from harness.compiled import graphs_fit
 from losses import ReconstructionLoss
 from modules import Upsampling, VectorQuantizedVAE
 
-HIDDEN, CODES, BATCH, SIDE = 256, 512, 128, 32  # the default model on CIFAR-sized images
+SIDE = 32  # of CIFAR-sized images
+RECOMMENDED = ("--recipe", "recommended")
 STEPS_A_CALL = 10  # of throughput: nobody waits for a GPU after each step
 PRODUCT, PRODUCTS = 4096, 10  # side of the matrices, and how many products, that tell the peak
 BEFORE_KEPT = 2 ** 24  # bytes: glibc's own threshold settles at twice the size of the largest tensors
@@ -34,9 +36,14 @@ def flags_of(*flags):
     return recipes.parse_args(parser, [str(flag) for flag in flags])
 
 
+DEFAULTS = flags_of()
+HIDDEN, CODES, BATCH = DEFAULTS.hidden_size, DEFAULTS.k, DEFAULTS.batch_size
+
+
 def our_step(batches, *flags, prepare=None):
-    """The step of vqvae.py with these flags, on batches of 3 channels; `prepare` may change the model first."""
-    args, device = flags_of(*flags), batches.device
+    """The step of vqvae.py with these flags, on batches (x, labels) of 3 channels; `prepare` may change the model."""
+    args = flags_of(*flags)
+    device = next(iter(batches))[0].device
     autocast = cli.autocast(device, args.precision)
     criterion = ReconstructionLoss(experiment.weights_of(args), sharpen=args.sharpen).to(device)
     model = VectorQuantizedVAE(**experiment.model_args_of(args, 3))
@@ -44,7 +51,7 @@ def our_step(batches, *flags, prepare=None):
     if prepare:
         prepare(model)
     if args.compile:
-        model.compile_networks()
+        model.compile_networks(graphs=graphs_fit(device, args.accumulate))
     optimizer, images = experiment.optimizer_of(model, args.lr), _endless(batches)
 
     def step():
@@ -91,9 +98,9 @@ def photos(device):
 
 
 def noise(count, side, device):
-    """The same batch of `count` images over and over, for speed alone."""
+    """One batch of `count` images, for speed alone."""
     images = torch.randint(256, (count, side, side, 3), dtype=torch.uint8)
-    return Batches(images, torch.zeros(count, dtype=torch.int64), count, device)
+    return list(Batches(images, torch.zeros(count, dtype=torch.int64), count, device))
 
 
 def training_step(device):
@@ -111,7 +118,7 @@ def training_step(device):
     return {"plain float32 loop, PIL decoding": plain_step(decoded, device),
             "vqvae.py": our_step(batches),
             "vqvae.py --ssim-weight 0.5": our_step(batches, "--ssim-weight", 0.5),
-            "vqvae.py --recipe recommended": our_step(batches, "--recipe", "recommended")}
+            "vqvae.py --recipe recommended": our_step(batches, *RECOMMENDED)}
 
 
 def compiled_step(device):
@@ -154,18 +161,25 @@ def throughput(side, count, *flags):
     def subject(device):
         batches = noise(count, side, device)
         args = flags_of(*flags)
-        plain = plain_step(lambda: next(iter(batches))[0].contiguous(), device, args.hidden_size, args.downsample)
-        counted = FlopCounterMode(display=False)
-        few = our_step(noise(2, side, device), *flags)
-        with counted:
-            few()
-        flops = counted.get_total_flops() * count / 2
-        callables = {"plain float32 loop": plain} | {
-            f"vqvae.py {' '.join([*flags, *more])}".strip(): our_step(batches, *flags, *more)
-            for more in ((), ("--compile",), ("--recipe", "recommended"))}
-        return {label: (_times(step, count, flops), 1 / STEPS_A_CALL) for label, step in callables.items()}
-    subject.__doc__ = f"Steps of training on {count} images of {side}x{side} that lie on the device, none decoded."
+        plain = plain_step(lambda: batches[0][0].contiguous(), device, args.hidden_size, args.downsample)
+        steps = {"plain float32 loop": (plain, _flops(side, device, *flags))} | {
+            f"vqvae.py {' '.join([*flags, *more])}".strip(): (our_step(batches, *flags, *more),
+                                                             _flops(side, device, *flags, *recipe))
+            for more, recipe in (((), ()), (("--compile",), ()), (RECOMMENDED, RECOMMENDED))}
+        return {label: (_times(step, count, flops * count), 1 / STEPS_A_CALL)
+                for label, (step, flops) in steps.items()}
+    subject.__doc__ = (f"Steps of training on {count} images of {side}x{side} that lie on the device, none decoded; "
+                       "the plain loop has what is chosen for the device, TF32 on a GPU, as the others have.")
     return subject
+
+
+def _flops(side, device, *flags):
+    """Operations of a step of vqvae.py with these flags, for an image."""
+    images = noise(2, side, device)
+    step = our_step(images, *flags)
+    with FlopCounterMode(display=False) as counted:
+        step()
+    return counted.get_total_flops() / len(images[0][0])
 
 
 @functools.cache
@@ -185,5 +199,5 @@ def bf16_peak(device):
 
 def growth_sides(device):
     """A step of training at the same number of pixels a batch, per pixel."""
-    return {f"{count} images of {side}x{side}": our_step(noise(count, side, device), "--recipe", "recommended")
+    return {f"{count} images of {side}x{side}": our_step(noise(count, side, device), *RECOMMENDED)
             for side in (32, 64, 128, 256) for count in [BATCH * SIDE ** 2 // side ** 2]}

@@ -120,6 +120,7 @@ def open_split(run, split, features):
     data = datasets.load(ckpt["data"]["name"], source, 128, cli.pick_device("auto"))
     networks = {name: open_network(name, data, source) for name in features}
     setting = {"version": VERSION, "split": split, "images": datasets.fingerprint(data.name, source),
+               "figures": [*metrics.IMAGE_METRICS, *TERMS],
                "networks": {name: network.description for name, network in networks.items()}}
     return getattr(data, split), networks, setting
 

@@ -19,6 +19,7 @@ from harness.batches import Batches
 from harness.images import ImageFiles, find_files
 
 IN_MEMORY_BYTES = 2 ** 32  # a data set that needs more, as uint8, streams from disk
+MAY_CHANGE_ON_RESUME = {"data_folder", "no_download", "num_workers"}  # where the images lie, and how they come
 CARVED = 0.1  # share of train that becomes a split the data set does not bring
 SPLIT_SEED = 0  # splits never depend on --seed
 

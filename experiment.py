@@ -76,9 +76,8 @@ def model_args_of(args, channels):
 
 
 def optimizer_of(model, lr):
-    """Adam for what a model learns by gradients, wherever the model lies."""
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(learnt, lr=lr, betas=ADAM_BETAS, fused=learnt[0].device.type != "mps")
+    """Adam for what a VQ-VAE learns by gradients, wherever it lies."""
+    return cli.adam(model.parameters(), lr, ADAM_BETAS)
 
 
 class Experiment:
@@ -134,8 +133,8 @@ class Experiment:
                  "data": self.data.facts(), "loss": loss}
         if self.average:
             state["average"] = self.average
-        self.run = Run("vqvae", self.args, self.device, state, reads=[self.args.frozen_codebook],
-                       renamed={"codebook": "quantizer"})
+        self.run = Run("vqvae", self.args, self.device, state, datasets.MAY_CHANGE_ON_RESUME | {"recipe"},
+                       [self.args.frozen_codebook], {"codebook": "quantizer"})
         if self.args.compile:
             self.model.compile_networks(graphs=not more and graphs_fit(self.device, self.args.accumulate))
         self.network = distributed.wrap(self.model, self.device)
@@ -175,20 +174,37 @@ class Experiment:
         return metrics.as_8bit(x_tilde)
 
 
-def average_of(model, optimizer, decay):
-    """Exponential moving average of a model's weights and statistics, brought up to date after each optimizer step.
+class WeightAverage(AveragedModel):
+    """Exponential moving average of a model's weights and statistics, `module`; never waits for the device.
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), so that the first random weights are soon forgotten. What
     is counted in whole numbers is copied.
     """
-    def average(averages, values, _):
-        updates = int(averaged.n_averaged)  # lies on the CPU
-        if averages[0].is_floating_point():
-            get_ema_multi_avg_fn(min(decay, (1 + updates) / (10 + updates)))(averages, values, updates)
-        else:
-            for old, new in zip(averages, values):
-                old.copy_(new)
 
-    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    def __init__(self, model, decay):
+        super().__init__(model, use_buffers=True)
+        self.decay, self.updates = decay, 0  # the latter is `n_averaged`, which is what is saved, as a number
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        self.updates = int(state_dict["n_averaged"])
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @torch.no_grad()
+    def update_parameters(self, model):
+        updates = self.updates
+        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values()))
+        floating = [pair for pair in pairs if pair[0].is_floating_point() and updates]
+        if floating:
+            get_ema_multi_avg_fn(min(self.decay, (1 + updates) / (10 + updates)))(*map(list, zip(*floating)), updates)
+        for average, value in pairs:
+            if not (average.is_floating_point() and updates):
+                average.copy_(value)
+        self.updates += 1
+        self.n_averaged.fill_(self.updates)
+
+
+def average_of(model, optimizer, decay):
+    """The `WeightAverage` of a model, brought up to date after each step of its optimizer."""
+    averaged = WeightAverage(model, decay)
     optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(model))
     return averaged

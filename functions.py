@@ -149,7 +149,7 @@ def _nearest(inputs, codebook):
     padded = torch.arange(-(-len(codebook) // group) * group, device=x.device) % len(codebook)
     codes = codebook[padded].to(dtype)  # whole groups: the first codes once more at the end
 
-    with torch.autocast(x.device.type, enabled=False), _exact_products():
+    with torch.autocast(x.device.type, enabled=False), exact_products():
         largest = torch.stack([bound.to(dtype) for bound in (*x.aminmax(), *codes.aminmax())]).abs().max()
         scale = torch.exp2(torch.floor(torch.log2(largest.clamp(min=torch.finfo(dtype).tiny))))
         codes = codes / scale
@@ -169,14 +169,17 @@ def _nearest(inputs, codebook):
 
 
 @contextmanager
-def _exact_products():
-    """Matrix products in float32, where the program may have allowed TF32 or bfloat16 for them."""
-    allowed = torch.get_float32_matmul_precision()
+def exact_products():
+    """Matrix products and convolutions in float32, where the program may have allowed TF32 or bfloat16 for them."""
+    allowed, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    convolutions = cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(allowed)
+        cudnn.allow_tf32 = convolutions
 
 
 def _block(device):
@@ -266,7 +269,7 @@ def _gaussian_band(window, sigma, like):
     return band.index_put_((rows, columns), (taps / taps.sum()).unsqueeze(1))
 
 
-@_exact_products()  # a variance is the small difference of two of them
+@exact_products()  # a variance is the small difference of two of them
 def _filtered(images, band, padding=0):
     """Both axes of each of images (B, C, H, W) filtered by a band, after zeros on all sides: window - 1 shorter each.
 

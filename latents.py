@@ -8,7 +8,7 @@ import metrics
 from datasets import SPLITS, Source
 from functions import cross_entropy
 from harness import checkpoint, cli, distributed
-from harness.batches import LatentBatches
+from harness.batches import Batches
 from harness.compiled import compile_forward, graphs_fit
 from harness.run import Run, check_folder, run_folder
 from modules import VectorQuantizedVAE
@@ -114,8 +114,8 @@ class FirstStage:
     def start(self, kind, model, optimizer, model_args, may_change):
         """Open the run of a model of these latents, or go on with it; returns it and the network to train."""
         args, vqvae = self.args, {"path": self.args.model, "digest": checkpoint.digest(self.args.model)}
-        run = Run(kind, args, self.device, {"model": model, "optimizer": optimizer, "model_args": model_args,
-                                            "data": self.data, "vqvae": vqvae}, may_change | {"model"}, [args.model])
+        state = {"model": model, "optimizer": optimizer, "model_args": model_args, "data": self.data, "vqvae": vqvae}
+        run = Run(kind, args, self.device, state, may_change | datasets.MAY_CHANGE_ON_RESUME | {"model"}, [args.model])
         if run.resumed:
             check_vqvae(run.resumed, args.model)
         if args.compile:
@@ -157,10 +157,10 @@ def split_latents(splits, args, device, of_classes=False):
     latents, labels = splits["train"]
     known = set(labels.flatten().tolist())
     if of_classes and any(not set(splits[split][1].tolist()) <= known for split in ("valid", "test")):
-        print("valid and test have classes that train lacks: both are carved from train, a tenth each")
-        tenth = max(1, len(labels) // 10)
+        print(f"valid and test have classes that train lacks: both are carved from train, {datasets.CARVED:.0%} each")
+        carved = max(1, int(len(labels) * datasets.CARVED))
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(datasets.SPLIT_SEED))
-        parts = dict(zip(("valid", "test", "train"), order.split([tenth, tenth, len(labels) - 2 * tenth])))
+        parts = dict(zip(("valid", "test", "train"), order.split([carved, carved, len(labels) - 2 * carved])))
         splits = {split: (latents[part], labels[part]) for split, part in parts.items()}
     latents, labels = splits["train"]
     splits = splits | {"train": (latents[:args.limit], labels[:args.limit])}
@@ -169,6 +169,17 @@ def split_latents(splits, args, device, of_classes=False):
     for split, part in zip(batches, SPLITS):
         split.shard(distributed.rank(), distributed.world_size(), part)
     return batches
+
+
+class LatentBatches(Batches):
+    """Batches of latents (B, h, w) int64 and labels, from integers (N, h, w) of any kind."""
+
+    @staticmethod
+    def _check(latents):
+        return tuple(latents.shape[1:])
+
+    def _to_input(self, latents):
+        return latents.long()
 
 
 @torch.no_grad()

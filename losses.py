@@ -6,12 +6,13 @@ Its flag, its curves, its tests and its place in comparisons follow from the row
 Every term takes images (B, C, H, W) in [-1, 1] in float32, is smallest where x_tilde = x, and returns 0 there.
 """
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from functions import ssim_maps, with_gradient
+from functions import exact_products, ssim_maps, with_gradient
 from harness import distributed
 
 EPS = 1e-8
@@ -21,6 +22,12 @@ CHROMA = ((0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # I and Q of YIQ
 
 def _unit(x):
     return (x + 1) / 2  # [-1, 1] -> [0, 1]
+
+
+@cache
+def constant(values, device):
+    """A float32 tensor of nested tuples of numbers, brought to a device once: each step would wait for a copy."""
+    return torch.tensor(values, device=device)
 
 
 # --- pixel terms: level and colour of each pixel by itself
@@ -57,7 +64,7 @@ def chroma(x_tilde, x):
 
 
 def _chroma(x):
-    return torch.einsum("bchw,kc->bkhw", x, x.new_tensor(CHROMA))  # (B, 2, H, W)
+    return torch.einsum("bchw,kc->bkhw", x, constant(CHROMA, x.device))  # (B, 2, H, W)
 
 
 # --- structural terms: neighbourhoods, on [0, 1]
@@ -145,14 +152,15 @@ def _luma(x):
     """(B, 1, H, W) luma of colour images; one-channel images are their own."""
     if x.shape[1] == 1:
         return x
-    return torch.einsum("bchw,c->bhw", x, x.new_tensor(LUMA)).unsqueeze(1)
+    return torch.einsum("bchw,c->bhw", x, constant(LUMA, x.device)).unsqueeze(1)
+
+
+PREWITT = (((1 / 3, 0., -1 / 3),) * 3, ((1 / 3,) * 3, (0.,) * 3, (-1 / 3,) * 3))
 
 
 def _prewitt(luma):
     """(B, 1, H, W) gradient magnitude by the Prewitt filters, zeros beyond the border as published."""
-    smooth, edge = luma.new_tensor([1 / 3, 1 / 3, 1 / 3]), luma.new_tensor([1., 0., -1.])
-    kernels = torch.stack([torch.outer(smooth, edge), torch.outer(edge, smooth)]).unsqueeze(1)  # (2, 1, 3, 3)
-    gradients = F.conv2d(luma, kernels, padding=1)  # (B, 2, H, W)
+    gradients = F.conv2d(luma, constant(PREWITT, luma.device).unsqueeze(1), padding=1)  # (B, 2, H, W)
     return (gradients.square().sum(1, keepdim=True) + EPS).sqrt()
 
 
@@ -254,13 +262,16 @@ STRUCTURAL_TERMS = {  # those that --sharpen shows a sharpened original
 TERMS = PIXEL_TERMS | STRUCTURAL_TERMS
 
 
+BINOMIAL = ((1., 2., 1.), (2., 4., 2.), (1., 2., 1.))
+
+
 def sharpened(x, amount):
     """Images x (B, C, H, W) after an unsharp mask: x + amount (x - x blurred by 3x3 binomial weights), within [-1, 1].
 
     As targets (after Real-ESRGAN, Wang et al. 2021, arXiv 2107.10833) they give back contrast that is lost where detail
     is uncertain and the best guess its mean.
     """
-    weights = x.new_tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]).expand(x.shape[1], 1, 3, 3) / 16
+    weights = constant(BINOMIAL, x.device).expand(x.shape[1], 1, 3, 3) / 16
     blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weights, groups=x.shape[1])
     return x.lerp(blurred, -amount).clamp(-1, 1)
 
@@ -310,7 +321,7 @@ class ReconstructionLoss(nn.Module):
 
     def value(self, x_tilde, x):
         """Raw values of the terms by name."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), exact_products():
             x_tilde, x = x_tilde.float(), x.float()
             target = sharpened(x, self.sharpen) if self.sharpen else x
             return {name: TERMS[name](x_tilde, target if name in STRUCTURAL_TERMS else x) for name in self.weights}

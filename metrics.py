@@ -6,6 +6,8 @@ Every image metric takes reconstructions and originals (B, C, H, W) in [0, 1] an
 import torch
 from pytorch_msssim import ssim as msssim_ssim
 
+from functions import exact_products
+
 PERFECT_PSNR = 100.0  # dB, reported where an image is reproduced exactly
 _FLAT = 1e-3  # a quarter of an 8-bit step: keeps ratios finite on images without detail
 _GREY = 2e-2  # five 8-bit steps: an image with next to no colour cannot lose much
@@ -32,7 +34,7 @@ def ssim(x_tilde, x):
     On images smaller than the window, the largest odd window that fits.
     """
     window = min(11, *(side - 1 + side % 2 for side in x.shape[2:]))
-    with torch.backends.cudnn.flags(allow_tf32=False):  # variances are small differences of large numbers
+    with exact_products():  # variances are small differences of large numbers
         return msssim_ssim(x_tilde, x, data_range=1., size_average=False, win_size=window)
 
 

@@ -184,7 +184,7 @@ class GatedMaskedConv2d(nn.Module):
 
     def __init__(self, mask_type, dim, kernel, residual=True, n_classes=10, condition_dim=0):
         super().__init__()
-        self.reach, self.hidden, self.residual = kernel // 2, int(mask_type == "A"), residual
+        self.reach, self.masked, self.residual = kernel // 2, int(mask_type == "A"), residual
         self.class_cond_embedding = nn.Embedding(n_classes, 2 * dim) if n_classes else None
         self.vert_stack = nn.Conv2d(dim, dim * 2, (kernel // 2 + 1, kernel), padding=(kernel // 2, kernel // 2))
         self.vert_to_horiz = nn.Conv2d(2 * dim, 2 * dim, 1)
@@ -192,16 +192,16 @@ class GatedMaskedConv2d(nn.Module):
         self.horiz_resid = nn.Conv2d(dim, dim, 1)
         self.spatial_cond = nn.Conv2d(condition_dim, 4 * dim, 1) if condition_dim else None
 
-    # What a mask hides is sliced off the weights, so that it is neither computed nor ever changed.
+    # What is masked is sliced off the weights, so that it is neither computed nor ever changed.
 
     def vertical(self, above):
-        """(B, dim, rows + reach - hidden, W), the rows above first -> (B, 2 dim, rows, W)."""
-        weight = self.vert_stack.weight[:, :, :-1] if self.hidden else self.vert_stack.weight
+        """(B, dim, rows + reach - masked, W), the rows above first -> (B, 2 dim, rows, W)."""
+        weight = self.vert_stack.weight[:, :, :-1] if self.masked else self.vert_stack.weight
         return F.conv2d(above, weight, self.vert_stack.bias, padding=(0, self.reach))
 
     def horizontal(self, left):
-        """(B, dim, H, columns + reach - hidden), those to the left first -> (B, 2 dim, H, columns)."""
-        weight = self.horiz_stack.weight[..., :-1] if self.hidden else self.horiz_stack.weight
+        """(B, dim, H, columns + reach - masked), those to the left first -> (B, 2 dim, H, columns)."""
+        weight = self.horiz_stack.weight[..., :-1] if self.masked else self.horiz_stack.weight
         return F.conv2d(left, weight, self.horiz_stack.bias)
 
     def condition(self, label, spatial=None):
@@ -223,8 +223,8 @@ class GatedMaskedConv2d(nn.Module):
 
     def forward(self, x_v, x_h, label, spatial=None):
         vertical, horizontal = self.condition(label, spatial)
-        v = self.vertical(F.pad(x_v, (0, 0, self.reach, -self.hidden)))
-        h = self.horizontal(F.pad(x_h, (self.reach, -self.hidden)))
+        v = self.vertical(F.pad(x_v, (0, 0, self.reach, -self.masked)))
+        h = self.horizontal(F.pad(x_h, (self.reach, -self.masked)))
         return _gate(v, vertical), self.join(self.vert_to_horiz(v), h, x_h, horizontal)
 
 
@@ -314,7 +314,7 @@ class GatedPixelCNN(Rebuilt, nn.Module):
         for i in range(height):
             v_to_h = []
             for depth, (layer, condition) in enumerate(zip(self.layers, vertical)):
-                v = layer.vertical(rows[depth][:, :, i:i + layer.reach + 1 - layer.hidden])  # (B, 2 dim, 1, w)
+                v = layer.vertical(rows[depth][:, :, i:i + layer.reach + 1 - layer.masked])  # (B, 2 dim, 1, w)
                 v_to_h.append(layer.vert_to_horiz(v))
                 if depth + 1 < len(self.layers):
                     below = rows[depth + 1]
@@ -325,7 +325,7 @@ class GatedPixelCNN(Rebuilt, nn.Module):
                 x_h = torch.zeros_like(row[0][..., :1])  # the position itself, which the first layer does not see
                 for layer, condition, left, above in zip(self.layers, horizontal, row, v_to_h):
                     left[..., layer.reach + j] = x_h.squeeze(3)
-                    h = layer.horizontal(left[..., j:j + layer.reach + 1 - layer.hidden])  # (B, 2 dim, 1, 1)
+                    h = layer.horizontal(left[..., j:j + layer.reach + 1 - layer.masked])  # (B, 2 dim, 1, 1)
                     x_h = layer.join(above[..., j:j + 1], h, x_h, condition[:, :, i:i + 1, j:j + 1])
                 latents[:, i, j] = draw(self.output_conv(x_h)[:, :, 0, 0], temperature, top_k, generator)
                 row[0][..., self.layers[0].reach + j] = self.embedding(latents[:, i, j]).unsqueeze(2)

@@ -48,7 +48,7 @@ def main():
     model_args = {"input_dim": first.K, "dim": args.hidden_size_prior, "n_layers": args.num_layers,
                   "n_classes": len(classes)}
     model = GatedPixelCNN(**model_args).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != "mps")
+    optimizer = cli.adam(model.parameters(), args.lr)
     run, network = first.start("prior", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
     for epoch in run.epochs():

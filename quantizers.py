@@ -22,6 +22,7 @@ from torch import nn
 
 from functions import rotation_st, vq, vq_st
 from harness import distributed
+from harness.batches import send
 
 # Usage, in units of uniform, that a new code is credited with: a multiple of the threshold of restarts, so that it has
 # the time of ln 2.5 / (1 - decay) steps to earn the rest; so much where nothing restarts.
@@ -93,7 +94,7 @@ class VQEmbedding(nn.Module):
     def _learn(self):
         """Move the codes to their averages: here their optimizer moves them."""
 
-    # What is drawn here is drawn on the CPU, from the generator whose state all processes share.
+    # What is drawn here is drawn on the CPU, and all processes take what rank 0 drew.
 
     @torch.no_grad()
     def _fill(self, vectors):
@@ -103,7 +104,7 @@ class VQEmbedding(nn.Module):
             return
         vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
         count, offset = distributed.count_of(vectors)
-        index = torch.randperm(count)[:self.K - filled].to(vectors.device, non_blocking=True)
+        index = send(distributed.of_rank_0(torch.randperm(count)[:self.K - filled]), vectors.device)
         drawn, replaced = distributed.take(vectors, index, offset), slice(filled, filled + len(index))
         self.embedding.weight.data[replaced] = drawn
         self.average_sum[replaced] = drawn * self.trial
@@ -125,7 +126,7 @@ class VQEmbedding(nn.Module):
         self._learn()
         if self.restart_below:
             dead = (self.average_count < self.restart_below).unsqueeze(1)  # (K, 1)
-            index = torch.randint(rows, (len(weight),)).to(vectors.device, non_blocking=True)
+            index = send(distributed.of_rank_0(torch.randint(rows, (len(weight),))), vectors.device)
             drawn = distributed.take(vectors, index, offset)
             weight.copy_(torch.where(dead, drawn, weight))
             self.average_sum.copy_(torch.where(dead, drawn * self.trial, self.average_sum))

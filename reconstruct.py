@@ -9,6 +9,7 @@ from torch import nn
 import metrics
 from harness import checkpoint, cli, report
 from harness.images import BrokenImage, decode, find_images
+from losses import LUMA
 from modules import VectorQuantizedVAE
 
 
@@ -94,7 +95,7 @@ def open_image(path, channels):
     """An image file as (1, C, H, W) in [-1, 1]; colour files become grey for a model of one channel."""
     pixels = torch.from_numpy(decode(path)).permute(2, 0, 1).unsqueeze(0).float()
     if channels == 1:
-        pixels = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor((0.299, 0.587, 0.114))).unsqueeze(1)
+        pixels = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor(LUMA)).unsqueeze(1)
     return pixels / 127.5 - 1
 
 

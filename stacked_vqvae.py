@@ -8,6 +8,7 @@ import latents
 import metrics
 from functions import cross_entropy
 from harness import checkpoint, cli, distributed, report
+from harness.batches import send
 from harness.run import run_folder
 from latent_models import CODES, StackedVQVAE
 
@@ -57,8 +58,7 @@ def main():
     # Data fail here, before an old run is replaced.
     train, valid, test = first.batches("stacked")
     autocast = cli.autocast(device, args.precision)
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(learnt, lr=args.lr, fused=device.type != "mps")
+    optimizer = cli.adam(model.parameters(), args.lr)
     run, network = first.start("stacked", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
     for _ in run.epochs():
@@ -104,7 +104,7 @@ def main():
 def left_out(grid, share):
     """Which (B,) of this process's grids go without codes: the same numbers are drawn whatever the processes."""
     count, offset = distributed.count_of(grid)
-    return (torch.rand(count)[offset:offset + len(grid)] < share).to(grid.device)
+    return send(distributed.of_rank_0(torch.rand(count))[offset:offset + len(grid)] < share, grid.device)
 
 
 @torch.no_grad()

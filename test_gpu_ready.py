@@ -6,16 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import functions
+import losses
+import quantizers
+from classifier import Classifier
 from conftest import call, write_images
 from functions import cross_entropy, vq
-from harness import checkpoint
+from harness import checkpoint, cli
 from harness.run import Run
+from latent_models import StackedVQVAE, VideoPrior
 from losses import TERMS, ReconstructionLoss
 from metrics import IMAGE_METRICS, as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
-from quantizers import QUANTIZERS
+from quantizers import QUANTIZERS, settings_of
 from vqgan import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "unique_dim",
@@ -77,6 +82,7 @@ def test_the_counter_sees_waits():
 @pytest.mark.parametrize("script, flags", [
     ("vqvae.py", ["--recipe", "recommended"]), ("vqvae.py", ["--balance", "gradient", "--ssim-weight", "1"]),
     *(("vqvae.py", ["--quantizer", name]) for name in QUANTIZERS),
+    ("vqvae.py", ["--average-weights", "0.9"]),
     ("vqgan.py", ["--disc-start", "0", "--disc-layers", "2"]), ("pixelcnn_prior.py", [])])
 def test_no_step_waits_for_the_device_between_two_logs(folder, operators, script, flags):
     data = ["--dataset", "folder", "--data-folder", "images", "--k", "16"]
@@ -112,13 +118,39 @@ def test_a_loss_that_turns_nan_between_two_logs_never_reaches_a_checkpoint(folde
 
 # --- on fake CUDA tensors, which have shapes and devices and no values
 
+class NoCopies(TorchDispatchMode):
+    """Fails where something is copied from the CPU to a device: unless the memory is pinned, the step waits for it.
+
+    Numbers without dimensions are passed to kernels by value.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given, made = (tree_leaves(values) for values in ((args, kwargs), result))
+        if any(torch.is_tensor(part) and part.device.type == "cuda" for part in (*given, *made)):
+            left = [part for part in given if torch.is_tensor(part) and part.device.type == "cpu" and part.dim()]
+            assert not left, f"{function} takes {left} of the CPU to a device"
+        return result
+
+
 @pytest.fixture
 def cuda(monkeypatch):
+    """A fake device, whose first use is over: constants lie on it. From here on, nothing may be copied to it."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 ** 34, 2 ** 35))
     functions._gpu_block.cache_clear()
+    losses.constant.cache_clear()
+    device = torch.device("cuda")
     with FakeTensorMode():
-        yield torch.device("cuda")
+        for values in (losses.LUMA, losses.CHROMA, losses.PREWITT, losses.BINOMIAL):
+            losses.constant(values, torch.empty(0, device=device).device)
+        yield device
     functions._gpu_block.cache_clear()
+    losses.constant.cache_clear()
+
+
+def on_device(tensor, device):
+    """In place of `send`, which copies through pinned memory: fake tensors have none."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def on_cuda(*tensors):
@@ -127,12 +159,53 @@ def on_cuda(*tensors):
 
 @pytest.mark.parametrize("downsample", [4, 8])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_the_vqvae_stays_on_the_device(cuda, quantizer, downsample):
+def test_the_vqvae_stays_on_the_device(cuda, quantizer, downsample, monkeypatch):
+    monkeypatch.setattr(quantizers, "send", on_device)
+    settings = {"restart_below": 0.02} if "restart_below" in settings_of(quantizer) else {}
     with cuda:
-        model = VectorQuantizedVAE(3, 8, 16, downsample=downsample, quantizer=quantizer)
+        model = VectorQuantizedVAE(3, 8, 16, downsample=downsample, quantizer=quantizer, fine_blocks=1, **settings)
     x = torch.zeros(2, 3, 32, 32, device=cuda)
-    on_cuda(*model.eval()(x), model.encode(x), model.decode(model.encode(x)))
-    on_cuda(*model.train()(x))
+    with NoCopies():
+        on_cuda(*model.eval()(x), model.encode(x), model.decode(model.encode(x)))
+        on_cuda(*model.train()(x))
+
+
+def test_the_loss_of_a_recipe_waits_for_nothing(cuda):
+    with cuda:
+        criterion = ReconstructionLoss(dict.fromkeys(TERMS, 1.), sharpen=0.3)
+        criterion._range_checked = True  # a look at values, once
+        x = torch.zeros(2, 3, 48, 48)
+    with NoCopies():
+        total, parts = criterion(x, x)
+    on_cuda(total, *parts.values())
+
+
+def test_the_networks_over_latents_and_judges_stay_on_the_device(cuda, monkeypatch):
+    monkeypatch.setattr(quantizers, "send", on_device)
+    with cuda:
+        stacked, video = StackedVQVAE(16, 8, (9, 9), 2, 8, 2), VideoPrior(16, 2, 3, 8, 2)
+        judge, grid, x = Classifier(3, 4, 8), torch.zeros(2, 3, 9, 9, dtype=torch.int64), torch.zeros(2, 3, 32, 32)
+        action, absent = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
+    for book in stacked.codebooks:
+        book.data_init = False  # a look at values, in the first steps
+    with NoCopies():
+        on_cuda(*stacked(grid[:, 0], absent), video(grid, action), judge.logits(judge(x)))
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    """On a machine with one GPU, where auto finds it."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    allowed, empty = torch.get_float32_matmul_precision(), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, device=None, **kwargs: empty(*args, **kwargs))
+    try:
+        assert cli.pick_device("auto") == cli.pick_device("cuda") == torch.device("cuda", 0)
+        assert cli.pick_device("cuda:1") == torch.device("cuda", 1) and taken == [0, 0, 1]
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def test_the_prior_and_the_discriminator_stay_on_the_device(cuda):
@@ -150,7 +223,9 @@ def test_the_search_stays_on_the_device(cuda):
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_loss_term_stays_on_the_device(cuda, name):
-    on_cuda(TERMS[name](*torch.zeros(2, 2, 3, 48, 48, device=cuda)))
+    images = torch.zeros(2, 2, 3, 48, 48, device=cuda)
+    with NoCopies():
+        on_cuda(TERMS[name](*images))
 
 
 @pytest.mark.parametrize("name", IMAGE_METRICS)
@@ -158,8 +233,8 @@ def test_a_metric_stays_on_the_device(cuda, name):
     on_cuda(IMAGE_METRICS[name](*as_8bit(torch.zeros(2, 2, 3, 32, 32, device=cuda))))
 
 
-def test_the_backward_of_every_term_and_network_has_no_shape_that_depends_on_values():
-    with FakeTensorMode():
+def test_the_backward_of_every_term_and_network_has_no_shape_that_depends_on_values(cuda):
+    with torch.device("cpu"):
         model, x = VectorQuantizedVAE(3, 8, 16, quantizer="ema"), torch.zeros(2, 3, 48, 48)
         criterion = ReconstructionLoss(dict.fromkeys(TERMS, 1.))
         criterion._range_checked = True  # a look at values, once
@@ -207,6 +282,22 @@ def test_the_search_and_ssim_ask_for_whole_products_and_give_the_setting_back(mo
     finally:
         torch.set_float32_matmul_precision(allowed)
     assert set(asked) == {("addmm", "highest"), ("mm", "highest"), ("bmm", "highest")}
+
+
+def test_the_loss_asks_for_whole_products_and_convolutions():
+    asked, x = [], torch.rand(1, 3, 16, 16)
+    criterion = ReconstructionLoss({"mse": 1.})
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(TERMS, "mse", lambda a, b: asked.append(
+                (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)) or F.mse_loss(a, b))
+            criterion(x, x)
+        assert asked == [("highest", False)]
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -56,7 +56,7 @@ def main():
     model_args = {"K": first.K, "context": args.context, "n_actions": len(actions), "dim": args.hidden_size_prior,
                   "n_layers": args.num_layers}
     model = VideoPrior(**model_args).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != "mps")
+    optimizer = cli.adam(model.parameters(), args.lr)
     run, network = first.start("video", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
     for _ in run.epochs():

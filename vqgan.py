@@ -40,8 +40,7 @@ def main():
     with torch.random.fork_rng([]):  # the VQ-VAE draws the same random numbers as in vqvae.py
         discriminator = PatchDiscriminator(setup.data.channels, args.disc_hidden_size, args.disc_layers)
     discriminator = discriminator.to(device, memory_format=torch.channels_last)
-    disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.disc_lr or args.lr,
-                                      betas=DISCRIMINATOR_BETAS, fused=device.type != "mps")
+    disc_optimizer = cli.adam(discriminator.parameters(), args.disc_lr or args.lr, DISCRIMINATOR_BETAS)
     perceptual = PerceptualLoss().to(device, memory_format=torch.channels_last) if args.perceptual_weight else None
     run = setup.start(discriminator=discriminator, disc_optimizer=disc_optimizer)
     model, judge, last_layer = setup.network, distributed.wrap(discriminator, device), setup.model.decoder[-2].weight

@@ -5,6 +5,12 @@ import torch
 from harness.images import ImageFiles, stack
 
 
+def send(tensor, device):
+    """A tensor of the CPU on a device, without a wait for it."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" and not tensor.is_pinned() else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 class Batches:
     """Batches x (B, C, H, W) float32 in [-1, 1], channels_last on `device`, and labels (B,) int64.
 
@@ -24,7 +30,7 @@ class Batches:
         self.streams = isinstance(images, ImageFiles)
         whole = images.size if self.streams else self._check(images)
         self.size, self.room = size or whole, [old - new for old, new in zip(whole, size or whole)]
-        self.images, self.labels = images if self.streams else images.to(device), labels.to(device)
+        self.images, self.labels = (images, labels.cpu()) if self.streams else (images.to(device), labels.to(device))
         self.batch_size, self.device, self.workers = batch_size, torch.device(device), workers
         self.shuffle, self.flip, self.seed = shuffle, flip, seed
         self.skipped, self._ahead = 0, None
@@ -71,14 +77,14 @@ class Batches:
                 continue
             x = self._to_input(images if corner is None else self._parts(images, corner[:len(images)]))
             if flip is not None:
-                flip = flip[:len(x)].to(self.device).view(-1, 1, 1, 1)
+                flip = flip[:len(x)].view(-1, 1, 1, 1)
                 x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
             yield x, labels
 
     def examples(self, count):
         """Batch of at most `count` images spread evenly over the split, unflipped, of their middle."""
         index = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).long()
-        images = stack([self.images[i] for i in index])[0] if self.streams else self.images[index]
+        images = stack([self.images[i] for i in index])[0].to(self.device) if self.streams else self.images[index]
         middle = torch.tensor([[room // 2 for room in self.room]]).expand(len(images), 2)
         return self._to_input(self._parts(images, middle) if any(self.room) else images)
 
@@ -91,9 +97,9 @@ class Batches:
         flips = torch.rand(count, generator=generator) < 0.5 if self.flip else None
         corners = torch.stack([torch.randint(room + 1, (count,), generator=generator) for room in self.room], 1) \
             if any(self.room) else None
-        columns = order, flips, corners
-        if not self.streams:  # as a whole, so that no batch waits for its indices
-            columns = (column if column is None else column.to(self.device) for column in columns)
+        # To the device as a whole, so that no batch waits for its part; what streams is looked up here.
+        columns = order if self.streams else order.to(self.device), *(
+            column if column is None else column.to(self.device) for column in (flips, corners))
         columns = ([part.tensor_split(self.world)[self.rank] for part in column[:sum(sizes)].split(sizes)]
                    if column is not None else [None] * len(sizes) for column in columns)
         return list(zip(*columns))
@@ -106,7 +112,7 @@ class Batches:
         return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
     def _to_input(self, images):
-        return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
     def _pick(self, plan, epoch, start):
         for batch, *_ in plan:
@@ -123,7 +129,7 @@ class Batches:
             skipped += len(batch) - len(kept)
             if not len(kept) and self.world > 1:
                 raise ValueError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
-            yield (images, self.labels[batch[kept].to(self.device)]) if len(kept) else (None, None)
+            yield map(send, (images, self.labels[batch[kept]]), [self.device] * 2) if len(kept) else (None, None)
         if self.shuffle:
             self._ahead = (epoch + 1, 0), decoded
         if skipped > self.skipped:  # once, not every epoch
@@ -137,14 +143,3 @@ class Batches:
             if not self.shuffle:
                 return
             epoch, start = epoch + 1, 0
-
-
-class LatentBatches(Batches):
-    """Batches of latents (B, h, w) int64 and labels, from integers (N, h, w) of any kind."""
-
-    @staticmethod
-    def _check(latents):
-        return tuple(latents.shape[1:])
-
-    def _to_input(self, latents):
-        return latents.long()

@@ -181,10 +181,17 @@ def pick_device(name):
         raise ValueError(f"--device {name} is not available here ({str(error).splitlines()[0]}): "
                          "use --device auto or cpu") from error
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # training has images of one size
         torch.set_float32_matmul_precision("high")  # TF32, but for the search and SSIM
     return device
+
+
+def adam(parameters, lr, betas=(0.9, 0.999)):
+    """Adam for those of the parameters that have gradients, in one kernel where their device has it."""
+    learnt = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.Adam(learnt, lr=lr, betas=betas, fused=learnt[0].device.type != "mps")
 
 
 def autocast(device, precision):

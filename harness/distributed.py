@@ -74,6 +74,13 @@ def total(tensor):
     return tensor
 
 
+def of_rank_0(tensor):
+    """Rank 0's values of a tensor, in place."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def mean(number):
     """Mean of a number over all processes."""
     return total(torch.tensor(float(number))).item() / world_size() if dist.is_initialized() else number
@@ -131,7 +138,7 @@ class _SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             images = x.float()
-            count = total(images.new_tensor(float(images.numel() // images.shape[1])))
+            count = total(images.new_full((), images.numel() // images.shape[1]))
             mean = _Total.apply(images.sum((0, 2, 3))) / count
             centered = images - mean.view(1, -1, 1, 1)
             variance = _Total.apply(centered.square().sum((0, 2, 3))) / count

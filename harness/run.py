@@ -15,8 +15,8 @@ from tqdm import tqdm
 from harness import checkpoint, curves, distributed
 
 # All other flags define a run, but for those a script names.
-MAY_CHANGE_ON_RESUME = {"num_epochs", "minutes", "num_workers", "device", "resume", "overwrite", "log_every", "compile",
-                        "data_folder", "no_download", "lr", "precision", "recipe"}
+MAY_CHANGE_ON_RESUME = {"num_epochs", "minutes", "device", "resume", "overwrite", "log_every", "compile", "lr",
+                        "precision"}
 
 
 def peak_memory_mb(device):
