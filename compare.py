@@ -48,7 +48,7 @@ def parse_args():
     parser.add_argument("--baseline", nargs="+", metavar="MIX", default=["mse"], help="what the others are compared "
                         "with; of several, the one of the least Fréchet distance (default mse)")
     parser.add_argument("--rates", nargs="+", metavar="RATE", default=[""], help='train each mix at each of these, say '
-                        'k=64 k=512 "k=512,downsample=8", and say how many bits it saves')
+                        'k=64 k=512 "k=512,downsample=8", and say how many bits it saves (default none)')
     parser.add_argument("--split", choices=("valid", "test"), default="valid",
                         help="where to measure: choose on valid, look at test once (default %(default)s)")
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
@@ -59,7 +59,7 @@ def parse_args():
     parser.add_argument("--jobs", type=cli.positive_int, default=1, metavar="N", help="runs at a time, "
                         "sharing the cores (default %(default)s; 2 small models on 2 cores are faster than 1)")
     parser.add_argument("--vqgan-flags", type=shlex.split, default=[], metavar="FLAGS",
-                        help='for vqgan.py alone, say "--minutes 5 --disc-start 0.8"')
+                        help='for vqgan.py alone, say "--minutes 5 --disc-start 0.8" (default none)')
     parser.add_argument("--output", default="comparison", metavar="NAME",
                         help="runs go to models/NAME/, tables and pictures too, those of "
                         "the test split to models/NAME/test/ (default %(default)s)")

@@ -125,7 +125,7 @@ class VideoPrior(Rebuilt, nn.Module):
 
     def __init__(self, K, context=2, n_actions=0, dim=64, n_layers=4):
         super().__init__()
-        self.context, self.n_actions, width = context, n_actions, dim
+        self.context, width = context, dim
         self.embedding = nn.Embedding(K, width)
         self.action = nn.Embedding(n_actions, dim) if n_actions else None
         self.inwards = nn.Conv2d(context * width, dim, 5, 1, 2)

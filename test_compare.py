@@ -13,6 +13,7 @@ from conftest import call, write_images
 from harness import checkpoint
 from harness.batches import Batches
 from losses import TERMS
+from metrics import IMAGE_METRICS
 from sweep import Sweep
 
 FLAGS = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",
@@ -108,6 +109,8 @@ def test_kept_figures_never_survive_a_change(folder, monkeypatch):
     monkeypatch.setattr(compare, "VERSION", compare.VERSION + 1)
     assert compared()[0] == both
     (folder / "images" / "0.png").touch()
+    assert compared()[0] == both
+    monkeypatch.setitem(IMAGE_METRICS, "toy", IMAGE_METRICS["mse"])
     assert compared()[0] == both
 
 
