@@ -28,8 +28,8 @@ def test_without_a_spatial_condition_old_checkpoints_give_what_they_gave():
         x_v = x_h = model.embedding(codes).permute(0, 3, 1, 2)
         for layer in model.layers:  # what the layers computed before there were such conditions
             gate = layer.class_cond_embedding(label)[:, :, None, None] if model.n_classes else 0.
-            v = layer.vertical(F.pad(x_v, (0, 0, layer.reach, -layer.hidden)))
-            h = layer.vert_to_horiz(v) + layer.horizontal(F.pad(x_h, (layer.reach, -layer.hidden)))
+            v = layer.vertical(F.pad(x_v, (0, 0, layer.reach, -layer.masked)))
+            h = layer.vert_to_horiz(v) + layer.horizontal(F.pad(x_h, (layer.reach, -layer.masked)))
             (a, b), (c, d) = (v + gate).chunk(2, 1), (h + gate).chunk(2, 1)
             out = layer.horiz_resid(c.tanh() * d.sigmoid())
             x_v, x_h = a.tanh() * b.sigmoid(), out + x_h if layer.residual else out
