@@ -12,7 +12,7 @@ train: $(READY)  ## train on photographs that ship with a dependency (set up on 
 	$(BIN)/python vqvae.py --recipe recommended-photos --dataset photos --hidden-size 64 --batch-size 32 --num-epochs 9 \
 	    --output-folder photos --overwrite
 
-study: $(READY)  ## every table of RESULTS.md: make study DATA=folder PHOTOS=folder; days, goes on where it stopped
+study: $(READY)  ## every question of RESULTS.md: make study DATA=folder PHOTOS=folder; days, goes on where it stopped
 	PYTHON=$(BIN)/python ./study.sh $(DATA) $(PHOTOS)
 
 study-quick: $(READY)  ## the same in small on the photographs, under 20 minutes on 2 CPU cores

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The tables of RESULTS.md, each a command. Run it again after a stop: what is trained is not trained twice.
+# The questions of RESULTS.md, each a command. Run it again after a stop: what is trained is not trained twice.
 #
 #   ./study.sh --quick                 every question in small, on photographs that ship with scikit-image
 #   ./study.sh CIFAR [PHOTOGRAPHS]     every question, on folders of small images with classes and of photographs
