@@ -4,7 +4,7 @@ import torch
 import datasets
 from features import Judge, frechet_and_kernel_distance, open_network
 from harness import checkpoint, cli, report
-from latents import check_vqvae
+from latents import add_drawing_arguments, check_vqvae
 from metrics import as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
@@ -22,8 +22,7 @@ def main():
                         help="checkpoint of pixelcnn_prior.py, or its run's folder")
     parser.add_argument("--data-folder", help="(default the VQ-VAE's)")
     parser.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
-    parser.add_argument("--temperature", type=cli.positive, default=1., help="(default %(default)s)")
-    parser.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
+    add_drawing_arguments(parser)
     parser.add_argument("--seed", type=cli.seed, default=0, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     args = parser.parse_args()

@@ -27,6 +27,12 @@ def add_arguments(parser):
     datasets.add_folder_arguments(parser.add_argument_group("data"))
 
 
+def add_drawing_arguments(group):
+    """Flags of how codes are drawn."""
+    group.add_argument("--temperature", type=cli.positive, default=1., help="of the draw (default %(default)s)")
+    group.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
+
+
 def check_vqvae(ckpt, path):
     """ValueError where a model, of which these are the contents, was trained on the codes of another VQ-VAE."""
     if ckpt["vqvae"]["digest"] != checkpoint.digest(path):
@@ -180,6 +186,29 @@ class LatentBatches(Batches):
 
     def _to_input(self, latents):
         return latents.long()
+
+
+def train_epoch(run, network, optimizer, batches, autocast, logits_of):
+    """An epoch of a prior over latents, each given those above and to its left and what else `logits_of` goes by.
+
+    logits_of: (latents, labels of a batch) -> logits (B, K, h, w) of `network`, and the latents (B, h, w) they are of.
+    """
+    network.train()
+    for batch in run.batches(batches):
+        run.schedule_lr(optimizer, batches)
+        with autocast():
+            logits, latents = logits_of(*batch)
+
+        # What it takes to code a latent.
+        loss = cross_entropy(logits, latents)
+        run.check_finite(loss, {"cross-entropy": loss})
+
+        run.backward(loss)
+        run.update(optimizer)
+
+        if run.log_now():
+            run.log({"loss/train/nats_per_latent": loss, "lr": optimizer.param_groups[0]["lr"]})
+            run.show(nats=loss)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@ import torch
 
 import latents
 import metrics
-from functions import cross_entropy
 from harness import checkpoint, cli, report
 from harness.run import run_folder
 from modules import GatedPixelCNN
@@ -23,8 +22,7 @@ def parse_args():
     group.add_argument("--sample", type=cli.positive_int, metavar="N",
                        help="draw N images from the trained prior in the output folder, and train nothing")
     group.add_argument("--label", type=int, help="class of the images (default all in turn)")
-    group.add_argument("--temperature", type=cli.positive, default=1., help="of the draw (default %(default)s)")
-    group.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
+    latents.add_drawing_arguments(group)
     group.add_argument("--sample-every", type=cli.positive_int, default=5, metavar="EPOCHS",
                        help="a grid of samples for the curves (default %(default)s)")
     return parser.parse_args()
@@ -52,22 +50,9 @@ def main():
     run, network = first.start("prior", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
     for epoch in run.epochs():
-        model.train()
-        for codes, label in run.batches(train):
-            run.schedule_lr(optimizer, train)
-            with autocast():
-                logits = network(codes, label if classes else None)  # (B, K, h, w)
-
-            # Each code given those above and to its left, and the class.
-            loss = cross_entropy(logits, codes)
-            run.check_finite(loss, {"cross-entropy": loss})
-
-            run.backward(loss)
-            run.update(optimizer)
-
-            if run.log_now():
-                run.log({"loss/train/nats_per_latent": loss, "lr": optimizer.param_groups[0]["lr"]})
-                run.show(nats=loss)
+        # Each code given those above and to its left, and the class.
+        latents.train_epoch(run, network, optimizer, train, autocast,
+                            lambda codes, label: (network(codes, label if classes else None), codes))
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values["nats_per_latent"], larger_is_better=False)

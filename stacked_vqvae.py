@@ -36,8 +36,7 @@ def parse_args():
                        help="draw N images with the trained model in the output folder, and train nothing")
     group.add_argument("--draws", type=cli.positive_int, default=3, metavar="N",
                        help="of each image from its codes (default %(default)s)")
-    group.add_argument("--temperature", type=cli.positive, default=1., help="of the draw (default %(default)s)")
-    group.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
+    latents.add_drawing_arguments(group)
     return parser.parse_args()
 
 

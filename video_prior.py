@@ -8,7 +8,6 @@ from PIL import Image
 import datasets
 import latents
 from datasets import SPLITS
-from functions import cross_entropy
 from harness import checkpoint, cli, distributed, report
 from harness.run import run_folder
 from latent_models import VideoPrior
@@ -34,8 +33,7 @@ def parse_args():
     group.add_argument("--starts", type=cli.positive_int, default=4, metavar="N",
                        help="places in the test split to start from (default %(default)s)")
     group.add_argument("--fps", type=cli.positive_int, default=15, help="of the GIF (default %(default)s)")
-    group.add_argument("--temperature", type=cli.positive, default=1., help="of the draw (default %(default)s)")
-    group.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
+    latents.add_drawing_arguments(group)
     return parser.parse_args()
 
 
@@ -60,22 +58,9 @@ def main():
     run, network = first.start("video", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
     for _ in run.epochs():
-        model.train()
-        for window, action in run.batches(train):
-            run.schedule_lr(optimizer, train)
-            with autocast():
-                logits = network(window, action)  # (B, K, h, w)
-
-            # Each code given those above and to its left, the frames before, and the action.
-            loss = cross_entropy(logits, window[:, -1])
-            run.check_finite(loss, {"cross-entropy": loss})
-
-            run.backward(loss)
-            run.update(optimizer)
-
-            if run.log_now():
-                run.log({"loss/train/nats_per_latent": loss, "lr": optimizer.param_groups[0]["lr"]})
-                run.show(nats=loss)
+        # Each code given those above and to its left, the frames before, and the action.
+        latents.train_epoch(run, network, optimizer, train, autocast,
+                            lambda window, action: (network(window, action), window[:, -1]))
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values["nats_per_latent"], larger_is_better=False)
