@@ -17,10 +17,11 @@ def agreement(judge, features, labels):
 
 def main():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py, or its run's folder")
-    parser.add_argument("--prior", required=True, metavar="PT",
+    parser.add_argument("--model", type=cli.path, required=True, metavar="PT",
+                        help="checkpoint of vqvae.py, or its run's folder")
+    parser.add_argument("--prior", type=cli.path, required=True, metavar="PT",
                         help="checkpoint of pixelcnn_prior.py, or its run's folder")
-    parser.add_argument("--data-folder", help="(default the VQ-VAE's)")
+    parser.add_argument("--data-folder", type=cli.path, help="(default the VQ-VAE's)")
     parser.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
     parser.add_argument("--temperature", type=cli.positive, default=1., help="(default %(default)s)")
     parser.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")

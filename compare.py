@@ -60,7 +60,7 @@ def parse_args():
                         "sharing the cores (default %(default)s; 2 small models on 2 cores are faster than 1)")
     parser.add_argument("--vqgan-flags", type=shlex.split, default=[], metavar="FLAGS",
                         help='for vqgan.py alone, say "--minutes 5 --disc-start 0.8" (default none)')
-    parser.add_argument("--output", default="comparison", metavar="NAME",
+    parser.add_argument("--output", type=cli.run_name, default="comparison", metavar="NAME",
                         help="runs go to models/NAME/, tables and pictures too, those of "
                         "the test split to models/NAME/test/ (default %(default)s)")
     args, flags = parser.parse_known_args()

@@ -16,9 +16,9 @@ PICTURES = 12
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--model", nargs="+", required=True, metavar="PT",
+    parser.add_argument("--model", nargs="+", type=cli.path, required=True, metavar="PT",
                         help="checkpoints of vqvae.py, or folders of its runs")
-    parser.add_argument("--data-folder", help="(default the first model's)")
+    parser.add_argument("--data-folder", type=cli.path, help="(default the first model's)")
     parser.add_argument("--split", choices=datasets.SPLITS, default="test", help="(default %(default)s)")
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
                         help=f"of {', '.join(FEATURES)}: networks of the Fréchet, kernel and sliced Wasserstein "
@@ -28,7 +28,8 @@ def parse_args():
     parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default %(default)s)")
     parser.add_argument("--num-workers", type=cli.whole, default=1, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
-    parser.add_argument("--output", default="evaluation", metavar="FOLDER", help="(default %(default)s)")
+    parser.add_argument("--output", type=cli.path, default="evaluation", metavar="FOLDER",
+                        help="(default %(default)s)")
     return parser.parse_args()
 
 

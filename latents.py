@@ -19,7 +19,7 @@ ENCODE_BATCH = 256
 def add_arguments(parser):
     """Flags of the VQ-VAE and of where its data set is."""
     group = parser.add_argument_group("VQ-VAE: known from its checkpoint, an error where it says otherwise")
-    group.add_argument("--model", required=True, metavar="PT",
+    group.add_argument("--model", type=cli.path, required=True, metavar="PT",
                        help="checkpoint of vqvae.py or its run's folder, say models/vqvae/best.pt")
     group.add_argument("--dataset", choices=datasets.DATASETS, help="that it was trained on")
     group.add_argument("--hidden-size-vae", type=cli.positive_int, help="width of its layers")
