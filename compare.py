@@ -81,6 +81,8 @@ def main():
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an exception, which stops the runs
     losses = mixes.PRESETS[args.preset]() if args.preset else [mixes.parse_mix(text) for text in args.losses]
     sweep = Sweep(losses, [mixes.parse_mix(text) for text in args.baseline], args.rates, args.seeds)
+    if args.vqgan_flags and not any(mixes.VQGAN in mix for mix in sweep.mixes.values()):
+        raise ValueError("--vqgan-flags are for mixes with vqgan, and none has it: add it to one, or leave them out")
     folder = Path("models") / args.output
     runs = {(name, seed): folder / f"{name}-seed{seed}" for seed in sweep.seeds for name in sweep.mixes}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
