@@ -4,7 +4,7 @@ import torch
 import datasets
 from features import Judge, frechet_and_kernel_distance, open_network
 from harness import checkpoint, cli, report
-from latents import check_vqvae
+from latents import check_classes, check_vqvae
 from metrics import as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
@@ -37,6 +37,7 @@ def main():
     check_vqvae(prior_ckpt, args.model)
     source = datasets.Source.of(ckpt, args.data_folder)
     data = datasets.load(ckpt["data"]["name"], source, 128, device)
+    check_classes(data, classes, source.folder)
     judge = Judge("classifier", open_network("classifier", data, source), data.test)
 
     vqvae, prior = VectorQuantizedVAE.rebuild(ckpt).to(device), GatedPixelCNN.rebuild(prior_ckpt).to(device)

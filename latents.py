@@ -34,6 +34,13 @@ def check_vqvae(ckpt, path):
                          f"{path} is another VQ-VAE: pass that one, or train a {ckpt['kind']} for this one")
 
 
+def check_classes(data, classes, folder):
+    """ValueError where the data set of a folder has other classes than those that the VQ-VAE was trained with."""
+    if data.classes != classes:
+        raise ValueError(f"--data-folder {folder} has the classes {data.classes}, but the VQ-VAE was trained with "
+                         f"{classes}")
+
+
 class FirstStage:
     """A trained VQ-VAE, frozen, and the latents of the data set that it was trained on.
 
@@ -91,9 +98,7 @@ class FirstStage:
         """The data set. ValueError where its classes are not those of the VQ-VAE."""
         args = self.args
         data = datasets.load(args.dataset, self.source, ENCODE_BATCH, self.device, workers=args.num_workers)
-        if data.classes != self.classes:
-            raise ValueError(f"--data-folder {args.data_folder} has the classes {data.classes}, but the VQ-VAE was "
-                             f"trained with {self.classes}")
+        check_classes(data, self.classes, args.data_folder)
         return data
 
     @torch.no_grad()
