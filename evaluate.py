@@ -35,6 +35,9 @@ def parse_args():
 
 def main():
     args = parse_args()
+    folder = Path(args.output)
+    if any((folder / name).exists() for name in ("args.json", "last.pt", "best.pt")):
+        raise ValueError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
     device = cli.pick_device(args.device)
     checkpoints = {path: checkpoint.load(path, "vqvae") for path in map(str, map(checkpoint.resolve, args.model))}
     first, facts = next((path, contents["data"]) for path, contents in checkpoints.items())
@@ -59,7 +62,6 @@ def main():
         with torch.no_grad():
             pictures.append(metrics.as_8bit(model(split.examples(PICTURES))[0]))
 
-    folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     setting = {"dataset": facts["name"], "size": facts["size"], "split": args.split, "images": len(split.labels),
                "features": {judge.name: judge.network.description for judge in judges}}

@@ -67,10 +67,10 @@ def list_sources(paths):
             if not inside:
                 raise ValueError(f"no images under {path}")
             sources += inside
-        elif path.exists():
+        elif path.is_file():
             sources.append((path, Path(path.name)))
         else:
-            raise FileNotFoundError(f"{path} does not exist")
+            raise FileNotFoundError(f"{path} does not exist or is no regular file")
     return sources
 
 
