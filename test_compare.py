@@ -46,7 +46,8 @@ def test_a_sweep_trains_each_run_once_and_goes_on_where_it_stopped(folder):
 
     # A second sweep over more repeats nothing; a run that was cut off goes on.
     (runs["l1+0.5ssim"] / "results.json").unlink()
-    code, out, err = call(folder, "compare.py", "--losses", "l1=1,ssim=0.5", "--seeds", "2", "--jobs", "2", *FLAGS)
+    code, out, err = call(folder, "compare.py", "--losses", "l1=1,ssim=0.5", "--seeds", "2", "--jobs", "2", *FLAGS,
+                          "--output", "models/sweep/")
     assert code == 0, err
     assert {name: os.stat(run / "best.pt").st_mtime_ns for name, run in runs.items()} == written
     table = json.loads((sweep / "table.json").read_text())
