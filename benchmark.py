@@ -305,7 +305,7 @@ def main():
                         help=f"of {', '.join(SUBJECTS)} (default all, those of throughput on a GPU alone)")
     parser.add_argument("--repeats", type=cli.positive_int, default=7, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
-    parser.add_argument("--output", default="benchmark.json", help="JSON file (default %(default)s)")
+    parser.add_argument("--output", type=cli.path, default="benchmark.json", help="JSON file (default %(default)s)")
     args = parser.parse_args()
     device, results = cli.pick_device(args.device), {}
     unknown = set(args.subjects) - set(SUBJECTS)

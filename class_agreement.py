@@ -4,7 +4,7 @@ import torch
 import datasets
 from features import Judge, frechet_and_kernel_distance, open_network
 from harness import checkpoint, cli, report
-from latents import add_drawing_arguments, check_vqvae
+from latents import add_drawing_arguments, check_classes, check_vqvae
 from metrics import as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
@@ -17,10 +17,11 @@ def agreement(judge, features, labels):
 
 def main():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py, or its run's folder")
-    parser.add_argument("--prior", required=True, metavar="PT",
+    parser.add_argument("--model", type=cli.path, required=True, metavar="PT",
+                        help="checkpoint of vqvae.py, or its run's folder")
+    parser.add_argument("--prior", type=cli.path, required=True, metavar="PT",
                         help="checkpoint of pixelcnn_prior.py, or its run's folder")
-    parser.add_argument("--data-folder", help="(default the VQ-VAE's)")
+    parser.add_argument("--data-folder", type=cli.path, help="(default the VQ-VAE's)")
     parser.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
     add_drawing_arguments(parser)
     parser.add_argument("--seed", type=cli.seed, default=0, help="(default %(default)s)")
@@ -35,6 +36,7 @@ def main():
     check_vqvae(prior_ckpt, args.model)
     source = datasets.Source.of(ckpt, args.data_folder)
     data = datasets.load(ckpt["data"]["name"], source, 128, device)
+    check_classes(data, classes, source.folder)
     judge = Judge("classifier", open_network("classifier", data, source), data.test)
 
     vqvae, prior = VectorQuantizedVAE.rebuild(ckpt).to(device), GatedPixelCNN.rebuild(prior_ckpt).to(device)

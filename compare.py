@@ -60,7 +60,7 @@ def parse_args():
                         "sharing the cores (default %(default)s; 2 small models on 2 cores are faster than 1)")
     parser.add_argument("--vqgan-flags", type=shlex.split, default=[], metavar="FLAGS",
                         help='for vqgan.py alone, say "--minutes 5 --disc-start 0.8" (default none)')
-    parser.add_argument("--output", default="comparison", metavar="NAME",
+    parser.add_argument("--output", type=cli.run_name, default="comparison", metavar="NAME",
                         help="runs go to models/NAME/, tables and pictures too, those of "
                         "the test split to models/NAME/test/ (default %(default)s)")
     args, flags = parser.parse_known_args()
@@ -81,6 +81,8 @@ def main():
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an exception, which stops the runs
     losses = mixes.PRESETS[args.preset]() if args.preset else [mixes.parse_mix(text) for text in args.losses]
     sweep = Sweep(losses, [mixes.parse_mix(text) for text in args.baseline], args.rates, args.seeds)
+    if args.vqgan_flags and not any(mixes.VQGAN in mix for mix in sweep.mixes.values()):
+        raise ValueError("--vqgan-flags are for mixes with vqgan, and none has it: add it to one, or leave them out")
     folder = Path("models") / args.output
     runs = {(name, seed): folder / f"{name}-seed{seed}" for seed in sweep.seeds for name in sweep.mixes}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)

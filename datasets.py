@@ -43,7 +43,7 @@ def add_arguments(parser):
 
 def add_folder_arguments(group):
     """Flags of where a data set is and how it is read."""
-    group.add_argument("--data-folder", help="where the data set is, or is downloaded to")
+    group.add_argument("--data-folder", type=cli.path, help="where the data set is, or is downloaded to")
     group.add_argument("--no-download", action="store_true", help="fail where the data set is not on disk")
     group.add_argument("--skip-broken", action="store_true", help="go on without images that do not decode")
     group.add_argument("--limit", type=cli.positive_int, metavar="N", help="use N training images, for quick looks")
@@ -83,8 +83,7 @@ def detect(folder):
         FileNotFoundError: there is no such folder. ValueError: it holds several.
     """
     root = existing(folder)
-    held = [name for name, open_splits in DATASETS.items()
-            if getattr(open_splits, "marks", ()) and all((root / mark).exists() for mark in open_splits.marks)]
+    held = [name for name, open_splits in DATASETS.items() if hasattr(open_splits, "is_in") and open_splits.is_in(root)]
     if not held or folders.split_folders(root):
         held.append("folder")
     if len(held) > 1:
@@ -92,10 +91,10 @@ def detect(folder):
     return held[0]
 
 
-def marked_by(*marks):
-    """Decorator of a function in `DATASETS`: a folder that holds all of these files or folders holds its data set."""
+def marked_by(name):
+    """Decorator of a function in `DATASETS`: a folder that holds a file or folder of this name holds its data set."""
     def mark(open_splits):
-        open_splits.marks = marks
+        open_splits.is_in = lambda root: (root / name).exists()
         return open_splits
     return mark
 
@@ -371,7 +370,7 @@ DATASETS = {
     "mnist": _torchvision("MNIST", "MNIST/raw"),
     "fashion-mnist": _torchvision("FashionMNIST", "FashionMNIST/raw"),
     "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),
-    "miniimagenet": marked_by("images", "train.csv")(folders.miniimagenet),
+    "miniimagenet": folders.miniimagenet,
     "boxing": _boxing,
     "folder": folders.image_folder,
 }

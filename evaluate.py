@@ -16,9 +16,9 @@ PICTURES = 12
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--model", nargs="+", required=True, metavar="PT",
+    parser.add_argument("--model", nargs="+", type=cli.path, required=True, metavar="PT",
                         help="checkpoints of vqvae.py, or folders of its runs")
-    parser.add_argument("--data-folder", help="(default the first model's)")
+    parser.add_argument("--data-folder", type=cli.path, help="(default the first model's)")
     parser.add_argument("--split", choices=datasets.SPLITS, default="test", help="(default %(default)s)")
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
                         help=f"of {', '.join(FEATURES)}: networks of the Fréchet, kernel and sliced Wasserstein "
@@ -28,12 +28,16 @@ def parse_args():
     parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default %(default)s)")
     parser.add_argument("--num-workers", type=cli.whole, default=1, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
-    parser.add_argument("--output", default="evaluation", metavar="FOLDER", help="(default %(default)s)")
+    parser.add_argument("--output", type=cli.path, default="evaluation", metavar="FOLDER",
+                        help="(default %(default)s)")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    folder = Path(args.output)
+    if any((folder / name).exists() for name in ("args.json", "last.pt", "best.pt")):
+        raise ValueError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
     device = cli.pick_device(args.device)
     checkpoints = {path: checkpoint.load(path, "vqvae") for path in map(str, map(checkpoint.resolve, args.model))}
     first, facts = next((path, contents["data"]) for path, contents in checkpoints.items())
@@ -58,7 +62,6 @@ def main():
         with torch.no_grad():
             pictures.append(metrics.as_8bit(model(split.examples(PICTURES))[0]))
 
-    folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     setting = {"dataset": facts["name"], "size": facts["size"], "split": args.split, "images": len(split.labels),
                "features": {judge.name: judge.network.description for judge in judges}}

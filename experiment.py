@@ -51,8 +51,8 @@ def add_arguments(parser, output_folder):
     group.add_argument("--no-codebook-init", action="store_true", help="start from random codes, not encoder outputs")
     group.add_argument("--restart-below", type=cli.not_negative, default=0.02, metavar="SHARE",
                        help="restart codes used less than this share of uniform usage; 0 never (default %(default)s)")
-    group.add_argument("--frozen-codebook", metavar="PT", help="take encoder and codebook from this checkpoint, say "
-                       "models/vqvae/best.pt, and train the decoder alone")
+    group.add_argument("--frozen-codebook", type=cli.path, metavar="PT", help="take encoder and codebook from this "
+                       "checkpoint, say models/vqvae/best.pt, and train the decoder alone")
     group = parser.add_argument_group("averaged weights")
     group.add_argument("--average-weights", type=cli.share, default=0., metavar="DECAY", help="judge and keep a moving "
                        "average of the weights over the updates, say 0.999; 0 is none (default %(default)g)")

@@ -1,16 +1,18 @@
 """Data sets that are image files in a folder: rows of file and class by split, and what all of them are opened as."""
 import csv
 import io
+import os
 from pathlib import Path
 
 import torch
 
-from harness.images import BrokenImage, ImageFiles, find_images, probe
+from harness.images import BrokenImage, ImageFiles, find_images, identity, probe
 
 ALIASES = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
 SPLITS = tuple(ALIASES)
 CSV_FILES = {"train": "train.csv", "valid": "val.csv", "test": "test.csv"}
 MINIIMAGENET_SIZE = (128, 128)
+SHOWN = 80  # characters of a listed name that a message repeats
 PROBED = 100  # files of a split whose header tells size and channels of all
 
 
@@ -79,21 +81,30 @@ def miniimagenet(source):
     root, rows, listed = existing(source.folder), {}, {}
     for name in CSV_FILES.values():
         if not (root / name).is_file():
-            raise FileNotFoundError(f"no {name} in {root}: Mini-ImageNet is images/, train.csv, val.csv and test.csv")
+            raise FileNotFoundError(f"no {name} in {root}: Mini-ImageNet is images/, train.csv, val.csv and test.csv, "
+                                    "in small letters; --dataset folder reads images without these lists")
     for split, name in CSV_FILES.items():
         rows[split] = []
         for where, file, label in _listed_files(root / name):
-            if file in listed:
-                raise ValueError(f"{where} lists {file} again, after {listed[file]}: remove one of them")
-            listed[file] = where
-            path = root / "images" / file
+            path, shown = root / "images" / file, file[:SHOWN] + "..." * (len(file) > SHOWN)
             if Path(file).is_absolute() or ".." in Path(file).parts:
-                raise ValueError(f"{where} lists {file}, which is outside {root / 'images'}: put the file there")
-            if not path.is_file():
-                raise FileNotFoundError(f"{where} lists {path}, which does not exist")
+                raise ValueError(f"{where} lists {shown}, which is outside {root / 'images'}: put the file there")
+            if not os.path.isfile(path):  # which is False for what can be no name as well
+                raise FileNotFoundError(f"{where} lists {root / 'images' / shown}, which does not exist")
+            before = listed.setdefault(identity(path), where)
+            if before != where:
+                raise ValueError(f"{where} lists {shown} again, the file of {before}: remove one of them")
             rows[split].append((path, label))
     source.image_size = source.image_size or MINIIMAGENET_SIZE
     return open_files(rows, sorted({label for part in rows.values() for _, label in part}), source)
+
+
+def _is_miniimagenet(root):
+    names = {path.name.lower() for path in root.iterdir()}  # a list that is named amiss is told, not left unread
+    return "images" in names and not names.isdisjoint(CSV_FILES.values())
+
+
+miniimagenet.is_in = _is_miniimagenet
 
 
 def _listed_files(path):

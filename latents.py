@@ -19,7 +19,7 @@ ENCODE_BATCH = 256
 def add_arguments(parser):
     """Flags of the VQ-VAE and of where its data set is."""
     group = parser.add_argument_group("VQ-VAE: known from its checkpoint, an error where it says otherwise")
-    group.add_argument("--model", required=True, metavar="PT",
+    group.add_argument("--model", type=cli.path, required=True, metavar="PT",
                        help="checkpoint of vqvae.py or its run's folder, say models/vqvae/best.pt")
     group.add_argument("--dataset", choices=datasets.DATASETS, help="that it was trained on")
     group.add_argument("--hidden-size-vae", type=cli.positive_int, help="width of its layers")
@@ -38,6 +38,13 @@ def check_vqvae(ckpt, path):
     if ckpt["vqvae"]["digest"] != checkpoint.digest(path):
         raise ValueError(f"this {ckpt['kind']} was trained on the codes of {ckpt['vqvae']['path']} as it was then, and "
                          f"{path} is another VQ-VAE: pass that one, or train a {ckpt['kind']} for this one")
+
+
+def check_classes(data, classes, folder):
+    """ValueError where the data set of a folder has other classes than those that the VQ-VAE was trained with."""
+    if data.classes != classes:
+        raise ValueError(f"--data-folder {folder} has the classes {data.classes}, but the VQ-VAE was trained with "
+                         f"{classes}")
 
 
 class FirstStage:
@@ -97,9 +104,7 @@ class FirstStage:
         """The data set. ValueError where its classes are not those of the VQ-VAE."""
         args = self.args
         data = datasets.load(args.dataset, self.source, ENCODE_BATCH, self.device, workers=args.num_workers)
-        if data.classes != self.classes:
-            raise ValueError(f"--data-folder {args.data_folder} has the classes {data.classes}, but the VQ-VAE was "
-                             f"trained with {self.classes}")
+        check_classes(data, self.classes, args.data_folder)
         return data
 
     @torch.no_grad()

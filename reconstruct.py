@@ -15,9 +15,10 @@ from modules import VectorQuantizedVAE
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--model", required=True, metavar="PT", help="checkpoint of vqvae.py")
-    parser.add_argument("images", nargs="+", metavar="PATH", help="image files, and folders of them")
-    parser.add_argument("--output", default="reconstructions", metavar="FOLDER", help="(default %(default)s)")
+    parser.add_argument("--model", type=cli.path, required=True, metavar="PT", help="checkpoint of vqvae.py")
+    parser.add_argument("images", nargs="+", type=cli.path, metavar="PATH", help="image files, and folders of them")
+    parser.add_argument("--output", type=cli.path, default="reconstructions", metavar="FOLDER",
+                        help="(default %(default)s)")
     parser.add_argument("--tile", type=cli.positive_int, default=1024, metavar="PIXELS",
                         help="reconstruct larger images in tiles of this side (default %(default)s)")
     parser.add_argument("--skip-broken", action="store_true", help="go on without files that do not decode")
@@ -66,10 +67,10 @@ def list_sources(paths):
             if not inside:
                 raise ValueError(f"no images under {path}")
             sources += inside
-        elif path.exists():
+        elif path.is_file():
             sources.append((path, Path(path.name)))
         else:
-            raise FileNotFoundError(f"{path} does not exist")
+            raise FileNotFoundError(f"{path} does not exist or is no regular file")
     return sources
 
 

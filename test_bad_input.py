@@ -20,6 +20,7 @@ from conftest import call, write_images
 from test_datasets import mnist, pictures
 
 SECONDS = 60  # more is a hang
+LONGEST = 1000  # characters of a line that is still read
 SMALL = ("--hidden-size", "8", "--k", "16", "--batch-size", "8", "--num-epochs", "1", "--device", "cpu", "--precision",
          "fp32", "--no-download", "--num-workers", "0")
 
@@ -59,7 +60,7 @@ def check(folder, command, culprit):
     told = [line for line in lines if line.startswith(f"{script}: error: ")]
     assert code == 2 and len(told) == 1 and "Traceback" not in err, (code, out, err)
     assert all(line.startswith(("usage:", " ")) for line in lines if line not in told), err  # of a wrong flag
-    assert culprit in told[0], told[0]
+    assert culprit in told[0] and len(told[0]) < LONGEST, told[0]
     assert files(folder) == before
 
 
@@ -169,19 +170,21 @@ def mini(text=None, encoding="utf-8", rows=()):
     return make
 
 
-def no_val(folder):
+def mini_but(name):
+    def make(folder):
+        mini()(folder)
+        (folder / "data" / name).unlink()
+    return make
+
+
+def listed_by_a_link(folder):
+    mini(rows=("link.png,cat",))(folder)
+    (folder / "data" / "images" / "link.png").symlink_to("023.png")
+
+
+def capital_list(folder):
     mini()(folder)
-    (folder / "data" / "val.csv").unlink()
-
-
-def first_gone(folder):
-    mini()(folder)
-    (folder / "data" / "images" / "000.png").unlink()
-
-
-def last_gone(folder):
-    mini()(folder)
-    (folder / "data" / "images" / "023.png").unlink()
+    (folder / "data" / "train.csv").rename(folder / "data" / "Train.csv")
 
 
 def file_data(folder):
@@ -194,11 +197,6 @@ def same_stem(folder):
         shutil.copy(folder / "images" / "0.png", folder / path)
 
 
-def colour_classes(folder):
-    for name in ("cat", "dog"):
-        pictures(folder / "data" / name, 12, (16, 16))
-
-
 # --- the tables
 
 def vqvae(*flags, data="data"):
@@ -208,7 +206,6 @@ def vqvae(*flags, data="data"):
 IMAGES = vqvae(data="images")
 EVALUATE = ("evaluate.py", "--no-features", "--device", "cpu", "--model")
 RECONSTRUCT = ("reconstruct.py", "--device", "cpu", "--model", "models/a/best.pt")
-PRIOR = ("pixelcnn_prior.py", *SMALL[4:], "--output-folder", "prior", "--model", "models/a/best.pt")
 
 FOLDERS = [
     ("no folder", nothing, vqvae(data="nowhere"), "nowhere does not exist"),
@@ -246,15 +243,20 @@ FILES = [
 ]
 
 LISTS = [
-    ("no val.csv", no_val, vqvae(), "no val.csv in data"),
-    ("first image gone", first_gone, vqvae(), "train.csv row 2 lists data/images/000.png, which does not exist"),
-    ("last image gone", last_gone, vqvae(), "test.csv row 5 lists data/images/023.png, which does not exist"),
-    ("last image gone, skipping", last_gone, vqvae("--skip-broken"), "test.csv row 5 lists data/images/023.png"),
+    ("no val.csv", mini_but("val.csv"), vqvae(), "no val.csv in data"),
+    ("first image gone", mini_but("images/000.png"), vqvae(), "train.csv row 2 lists data/images/000.png, which does"),
+    ("last image gone", mini_but("images/023.png"), vqvae(), "test.csv row 5 lists data/images/023.png, which does"),
+    ("last image gone, skipping", mini_but("images/023.png"), vqvae("--skip-broken"), "test.csv row 5 lists"),
     ("a folder is listed", mini(rows=(".,cat",)), vqvae(), "train.csv row 18"),
     ("outside", mini(rows=("../../grey/000.png,cat",)), vqvae(), "train.csv row 18 lists ../../grey/000.png"),
     ("absolute", mini(rows=("/etc/hosts,cat",)), vqvae(), "train.csv row 18 lists /etc/hosts"),
     ("twice in a split", mini(rows=("003.png,cat",)), vqvae(), "train.csv row 18 lists 003.png again"),
     ("in two splits", mini(rows=("023.png,cat",)), vqvae(), "test.csv row 5 lists 023.png again"),
+    ("twice, by another path", mini(rows=("./003.png,cat",)), vqvae(), "train.csv row 18 lists ./003.png again"),
+    ("in two splits, by another path", mini(rows=("./023.png,cat",)), vqvae(), "test.csv row 5 lists 023.png again"),
+    ("in two splits, by a link", listed_by_a_link, vqvae(), "test.csv row 5 lists 023.png again"),
+    ("a name too long for a file", mini(rows=(f"{'x' * 100000},cat",)), vqvae(), "train.csv row 18 lists"),
+    ("a list in capitals", capital_list, vqvae(), "no train.csv in data"),
     ("no label", mini(rows=("003.png",)), vqvae(), "train.csv row 18 has a cell missing"),
     ("empty label", mini(rows=("003.png,",)), vqvae(), "train.csv row 18 has a cell missing"),
     ("a comma in a name", mini(rows=("0,03.png,cat",)), vqvae(), "train.csv row 18 has a cell missing or too many"),
@@ -269,6 +271,7 @@ LISTS = [
 ]
 
 DATA_FLAGS = [
+    ("an empty path", nothing, vqvae(data=""), "--data-folder: must be a path"),
     ("unknown data set", nothing, vqvae("--dataset", "imagenet"), "--dataset"),
     ("no pixels", nothing, (*IMAGES, "--image-size", "0"), "--image-size"),
     ("three sides", nothing, (*IMAGES, "--image-size", "8x8x8"), "--image-size"),
@@ -284,8 +287,8 @@ TRAINED = [
     ("evaluate: no folder", nothing, (*EVALUATE, "models/a/best.pt", "--data-folder", "nowhere"), "nowhere does not"),
     ("evaluate: colour for a grey model", nothing, (*EVALUATE, "models/grey/best.pt", "--data-folder", "images"),
      "colour image"),
-    ("prior: no folder", nothing, (*PRIOR, "--data-folder", "nowhere"), "nowhere does not exist"),
-    ("prior: other classes", colour_classes, (*PRIOR, "--data-folder", "data"), "has the classes ['cat', 'dog']"),
+    ("evaluate: over a run", nothing, (*EVALUATE, "models/a", "--output", "models/grey"), "--output models/grey"),
+    ("reconstruct: a pipe", pipes, (*RECONSTRUCT, "data/a.png"), "data/a.png does not exist or is no regular file"),
     ("reconstruct: no file", nothing, (*RECONSTRUCT, "nowhere.png"), "nowhere.png does not exist"),
     ("reconstruct: empty folder", empty, (*RECONSTRUCT, "data"), "no images under data"),
     ("reconstruct: broken", broken(b""), (*RECONSTRUCT, "images/7.png"), "images/7.png does not decode"),
@@ -320,7 +323,6 @@ def a_file_for_models(folder):
 
 
 COMPARE = ("compare.py", "--losses")
-AGREE = ("class_agreement.py", "--model", "models/a", "--prior")
 
 CHECKPOINTS = [
     ("model: nothing there", nothing, (*EVALUATE, "models/b/best.pt"), "no checkpoint at models/b/best.pt"),
@@ -334,12 +336,7 @@ CHECKPOINTS = [
     ("model: no weights", best(model=None), (*EVALUATE, "models/a"), "models/a/best.pt does not hold all"),
     ("model: other weights", best(model={}), (*EVALUATE, "models/a"), "models/a/best.pt does not hold all"),
     ("models of two data sets", nothing, (*EVALUATE, "models/a", "models/grey"), "evaluate them apart"),
-    ("prior: no model", nothing, (*PRIOR[:-1], "models/b"), "no checkpoint at models/b"),
-    ("prior: contradicted", nothing, (*PRIOR, "--hidden-size-vae", "9"), "--hidden-size-vae 9 contradicts"),
-    ("prior: no classes", nothing, (*PRIOR, "--label", "1"), "--label 1 is out of range"),
-    ("prior: no prior to sample from", nothing, (*PRIOR, "--sample", "1"), "no checkpoint at models/prior/best.pt"),
-    ("prior: over its model", nothing, (*PRIOR, "--output-folder", "a", "--overwrite"), "which this run reads"),
-    ("agreement: no classes", nothing, (*AGREE, "models/a"), "not of a prior"),
+    ("codes of an empty path", nothing, (*IMAGES, "--frozen-codebook", ""), "--frozen-codebook: must be a path"),
     ("codes of nowhere", nothing, (*IMAGES, "--frozen-codebook", "models/b"), "no checkpoint at models/b"),
     ("codes of another width", nothing, (*IMAGES, "--hidden-size", "4", "--frozen-codebook", "models/a"), "dim 8"),
     ("codes from its own folder", nothing, (*IMAGES, "--frozen-codebook", "models/a", "--output-folder", "a",
@@ -373,6 +370,9 @@ RUN_FLAGS = [
     ("compare: no such term", nothing, (*COMPARE, "sim"), "no loss term 'sim'"),
     ("compare: no weight", nothing, (*COMPARE, "ssim=x"), "the weight of ssim"),
     ("compare: what it sets itself", nothing, (*COMPARE, "ssim", "--seed", "3"), "--seed is set by this script"),
+    ("compare: flags for nobody", nothing, (*COMPARE, "mse", "--vqgan-flags", "--nonsense 3"), "--vqgan-flags are for"),
+    *((f"compare: --output {name!r}", nothing, (*COMPARE, "mse", "--output", name), "--output: must be the name")
+      for name in ("/tmp/x", "../x", ".", "", "models")),
     ("benchmark: no such subject", nothing, ("benchmark.py", "juggling"), "no such subject: juggling"),
 ]
 

@@ -226,6 +226,31 @@ def test_splits_without_the_training_classes_are_carved_from_train(folder, capsy
     assert [len(part) for part in parts] == [32, 4, 4] and len(set.union(*parts)) == 40
 
 
+def test_the_two_commands_of_mini_imagenet(tmp_path):
+    random, root = np.random.default_rng(0), tmp_path / "X"
+    (root / "images").mkdir(parents=True)
+    for split, names in (("train", ["wolf", "ant", "wolf", "bee"] * 4), ("val", ["cow"] * 3), ("test", ["dog", "auk"])):
+        listed = []
+        for i, name in enumerate(names):  # as there: photographs of any size, in each split classes of its own
+            image = Image.fromarray(random.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8))
+            image.save(root / "images" / f"{split}{i:03}.jpg")
+            listed.append(f"{split}{i:03}.jpg,{name}\n")
+        (root / f"{split}.csv").write_text("filename,label\n" + "".join(listed))
+    code, out, err = call(tmp_path, "vqvae.py", "--data-folder", "X", "--output-folder", "models/vqvae",
+                          "--hidden-size", "8", "--k", "16", "--batch-size", "8", "--device", "cpu",
+                          "--num-epochs", "1")
+    assert code == 0 and "data: miniimagenet, images: 16 train, 3 valid, 2 test, size: 128x128" in out, err
+    code, out, err = call(tmp_path, "pixelcnn_prior.py", "--data-folder", "X", "--model", "models/vqvae",
+                          "--output-folder", "models/pixelcnn_prior", *SMALL, "--num-epochs", "1")
+    assert code == 0 and "both are carved from train" in out, err
+    run = tmp_path / "models" / "pixelcnn_prior"
+    assert checkpoint.load(run, "prior")["data"]["classes"] == ["ant", "auk", "bee", "cow", "dog", "wolf"]
+    kept = checkpoint.load(run / "latents.pt", "latents")["splits"]
+    assert kept["train"][0].shape == (16, 32, 32) and kept["test"][1].tolist() == [4, 1]
+    assert sorted(kept["train"][1].tolist()) == [0] * 4 + [2] * 4 + [5] * 8
+    assert json.loads((run / "results.json").read_text())["nats_per_latent"] > 0 and (run / "samples.png").exists()
+
+
 def test_a_prior_without_classes_trains_unconditionally(folder):
     flat = folder / "flat"
     flat.mkdir()

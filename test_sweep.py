@@ -5,6 +5,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,12 +28,19 @@ def test_each_rate_has_the_best_of_the_baselines_at_that_rate():
     assert runs.against_baseline(figures, "ssim,k=16", "frechet_distance", lambda a, b: a / b) == [0.4, 1.]
 
 
-def test_what_is_done_is_told_with_the_time_that_is_left(capsys):
-    runs = {("a", 0): 1.2, ("b", 0): 0., ("c", 0): 0.}
-    results = sweep.in_turn(ThreadPoolExecutor(1), 1, "slept", runs, lambda key: (time.sleep, runs[key]))
+def test_what_is_done_is_told_with_the_time_that_is_left(monkeypatch):
+    clock, lines, told = [0.], [], Semaphore()
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(sweep, "print", lambda line, **_: (lines.append(line), told.release()), raising=False)
+
+    def sleep(seconds):
+        told.acquire()  # what was done before
+        clock[0] += seconds
+    runs = {("a", 0): 90., ("b", 0): 0., ("c", 0): 30.}
+    results = sweep.in_turn(ThreadPoolExecutor(1), 1, "slept", runs, lambda key: (sleep, runs[key]))
     assert list(results) == list(runs)
-    first, second, last = capsys.readouterr().out.splitlines()
-    assert first == "slept 1/3: a, seed 0 (1 s so far, 2 s to go)" and "1 s to go" in second and "to go" not in last
+    assert lines == ["slept 1/3: a, seed 0 (90 s so far, 3 min to go)",
+                     "slept 2/3: b, seed 0 (90 s so far, 90 s to go)", "slept 3/3: c, seed 0 (2 min so far)"]
 
 
 def test_one_failure_ends_the_rest():

@@ -13,6 +13,7 @@ from harness.run import run_folder
 from latent_models import VideoPrior
 
 MAY_CHANGE_ON_RESUME = {"rollout", "action", "starts", "temperature", "top_k", "fps"}
+RECORDED = "recorded"
 STRIP = 8  # frames of a film strip
 
 
@@ -28,7 +29,7 @@ def parse_args():
     group = parser.add_argument_group("generation")
     group.add_argument("--rollout", type=cli.positive_int, metavar="T",
                        help="generate T frames with the trained prior in the output folder, and train nothing")
-    group.add_argument("--action", default="recorded", help="of every frame: a name, several after one another such as "
+    group.add_argument("--action", default=RECORDED, help="of every frame: a name, several after one another such as "
                        "right,right,left, or those recorded (default %(default)s)")
     group.add_argument("--starts", type=cli.positive_int, default=4, metavar="N",
                        help="places in the test split to start from (default %(default)s)")
@@ -39,6 +40,9 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.action != RECORDED and not args.rollout:
+        raise ValueError(f"--action {args.action} is for a rollout, training takes the actions that were recorded: "
+                         "add --rollout, or leave --action out")
     device = cli.pick_device(args.device)
     first = latents.FirstStage(args, device, in_order=True)
     actions = getattr(datasets.DATASETS[args.dataset], "actions", [])
@@ -127,7 +131,7 @@ def chosen_actions(text, names, recorded):
     Raises:
         ValueError: a name is not known.
     """
-    if text == "recorded":
+    if text == RECORDED:
         return recorded
     for name in text.split(","):
         if name not in names:

@@ -1,11 +1,13 @@
 """Checkpoints and other files of a run: written whole or not at all, read safely."""
+import fcntl
 import hashlib
 import io
 import json
 import os
 import pickle
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,12 +34,15 @@ def write_atomic(path, data):
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_temporary_once(path.parent.resolve())
     try:
         with open(temporary, "wb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror}; the file before it is kept, make room and go on with "
@@ -120,9 +125,14 @@ def kind_of(path):
 
 
 def remove_temporary(folder):
-    """Remove what writes that were killed left in a folder."""
-    for file in Path(folder).glob(".*.tmp"):
-        file.unlink(missing_ok=True)
+    """Remove what writes that were killed left in a folder; those at work hold their file."""
+    for file in Path(folder).glob(".*.[0-9]*.tmp"):
+        with suppress(OSError), open(file, "r+b") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+
+
+_remove_temporary_once = cache(remove_temporary)  # for each folder that this process writes to
 
 
 def digest(path):

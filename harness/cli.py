@@ -37,9 +37,16 @@ def run_name(text):
     path = Path(text)
     parts = path.parts[1:] if path.parts[:1] == ("models",) else path.parts
     if path.is_absolute() or not parts or ".." in parts:
-        raise argparse.ArgumentTypeError(f"must be the name of a folder under models/, got {text}: train in another "
+        raise argparse.ArgumentTypeError(f"must be the name of a folder under models/, got {text!r}: train in another "
                                          "working directory to keep runs elsewhere")
     return str(Path(*parts))
+
+
+def path(text):
+    """The path of a file or folder; "", which a variable that is not set leaves, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got '': give one, or leave the flag out")
+    return text
 
 
 def whole(text, low=0):

@@ -28,15 +28,15 @@ def find_files(*folders):
     in what lies beside them. Where a directory can be reached in two ways, the one without a link counts. What is no
     regular file (a link that leads nowhere, a pipe, a device) is left out, and said where its name is an image's.
     """
-    seen = {_identity(parent) for folder in map(Path, folders)
+    seen = {identity(parent) for folder in map(Path, folders)
             for path in (folder.resolve(), Path(os.path.abspath(folder))) for parent in path.parents}
     found, odd = [[] for _ in folders], []
     real, linked = deque(enumerate(map(str, folders))), deque()
     while real or linked:
         number, folder = (real or linked).popleft()
-        if _identity(folder) in seen:
+        if identity(folder) in seen:
             continue
-        seen.add(_identity(folder))
+        seen.add(identity(folder))
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if os.path.isdir(entry.path):
                 (linked if entry.is_symlink() else real).append((number, entry.path))
@@ -54,8 +54,9 @@ def find_images(*folders):
     return [[path for path in paths if _is_image(path.name)] for paths in find_files(*folders)]
 
 
-def _identity(folder):
-    status = os.stat(folder)
+def identity(path):
+    """What a file or folder has in common with itself alone, by whatever name or link it is reached."""
+    status = os.stat(path)
     return status.st_dev, status.st_ino
 
 

@@ -1,4 +1,5 @@
 """Files are written whole or not at all, and read safely."""
+import fcntl
 import os
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "a.pt", "vqvae")["value"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_what_killed_writes_left_is_removed_and_what_is_being_written_is_not(tmp_path, monkeypatch):
+    left, held, others = (tmp_path / name for name in (".a.png.4711.tmp", ".b.png.4712.tmp", ".notes.tmp"))
+    left.write_bytes(b"half"), others.write_bytes(b"whatever a user keeps")
+    with open(held, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        checkpoint.save_json(tmp_path / "results.json", {})
+    assert set(tmp_path.iterdir()) == {held, others, tmp_path / "results.json"}
+    monkeypatch.setattr(os, "fsync", lambda descriptor: checkpoint.remove_temporary(tmp_path))
+    checkpoint.save_json(tmp_path / "results.json", {"written": "while another process starts"})
+    assert checkpoint.load_json(tmp_path / "results.json") and not held.exists()
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:len(data) // 2], lambda data: b"nothing"])

@@ -157,6 +157,16 @@ def test_two_processes_train_as_one_on_batches_twice_as_large(folder):
     assert two["best"] == pytest.approx(one["best"], rel=2e-3)
 
 
+def test_fewer_images_than_processes_are_refused_before_anything_is_written(tmp_path):
+    write_images(tmp_path, 12)  # of which one is carved to validate
+    process = torchrun(tmp_path, "vqvae.py", *SMALL, "--num-epochs", "1", "--batch-size", "2")
+    err = process.communicate(timeout=120)[1]
+    told = {line for line in err.splitlines() if line.startswith("vqvae.py: ")}
+    assert process.returncode and told == {
+        "vqvae.py: error: 1 valid images are fewer than the 2 processes: start fewer processes, or add images"}, err
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 def test_vqgan_and_prior_train_in_two_processes(folder):
     flags = (*SMALL, "--num-epochs", "1", "--disc-start", "1", "--disc-hidden-size", "8", "--l1-weight", "1",
              "--balance", "gradient")
