@@ -70,7 +70,7 @@ def main():
                 run.show(nats=loss)
 
         values = measure(model, valid, first, autocast)
-        improved = run.improved(values["nats_per_latent"], larger_is_better=False)
+        improved = run.improved(values, "nats_per_latent", larger_is_better=False)
         run.log({f"valid/{name}": value for name, value in values.items()})
         if (epoch + 1) % args.sample_every == 0:
             images = draw_images(model, first, grid_labels(classes, device), args)

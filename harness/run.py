@@ -285,10 +285,14 @@ class Run:
             "best": self.best, "random": checkpoint.random_state(), **_saved(self.state | instead)})
         distributed.barrier()
 
-    def improved(self, value, larger_is_better, **instead):
-        """Keep a validation value if it is the best so far, and the state with it, as in `save`, in best.pt."""
-        if not math.isfinite(value):
-            raise ValueError(self._not_finite("the validation value", self.step))
+    def improved(self, values, monitored, larger_is_better, **instead):
+        """Keep the monitored one of validation values {name: number} if it is the best so far, and the state with it,
+        as in `save`, in best.pt. ValueError where any of them is not finite.
+        """
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise ValueError(self._not_finite("the validation", self.step, f": {', '.join(bad)}"))
+        value = values[monitored]
         better = self.best is None or (value > self.best if larger_is_better else value < self.best)
         if better:
             self.best = value

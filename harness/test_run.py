@@ -104,18 +104,27 @@ def test_what_a_killed_write_left_is_removed(folder):
 
 # --- what is not finite
 
-def test_a_validation_that_is_not_finite_leaves_the_last_good_state(folder):
+@pytest.mark.parametrize("name", ["loss", "psnr"])  # what is monitored, and what is not
+def test_a_validation_that_is_not_finite_leaves_the_last_good_state(folder, name):
     assert run(folder, "--num-epochs", "1")[0] == 0
     before = {name: (folder / "models" / "vqvae" / name).read_bytes() for name in ("last.pt", "best.pt")}
     code = ("import sys, torch, vqvae, experiment; from harness import cli\n"
             "real = experiment.measure\n"
-            "def broken(*a, **k):\n    v, f = real(*a, **k)\n    return v, f | {'loss': float('nan')}\n"
+            f"def broken(*a, **k):\n    v, f = real(*a, **k)\n    return v, f | {{'{name}': float('nan')}}\n"
             "experiment.measure = broken\nsys.argv[0] = 'vqvae.py'\ncli.run(vqvae.main)")
     done = subprocess.run([sys.executable, "-c", code, *SMALL, "--num-epochs", "3", "--resume"], cwd=folder, text=True,
                           capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE)})
-    fails((done.returncode, done.stdout, done.stderr), "not finite at step 8", "--resume", "--lr", "--precision fp32")
+    fails((done.returncode, done.stdout, done.stderr), "not finite at step 8", name, "--resume", "--lr",
+          "--precision fp32")
     assert before == {name: (folder / "models" / "vqvae" / name).read_bytes() for name in before}
     assert run(folder, "--num-epochs", "3", "--resume", "--lr", "1e-5", "--precision", "bf16")[0] == 0
+
+
+def test_a_diverged_model_is_never_the_best_and_a_lower_rate_goes_on(folder):
+    flags = (*SMALL, "--batch-size", "20", "--disc-hidden-size", "4", "--num-epochs", "1")  # one step, then validation
+    fails(call(folder, "vqgan.py", *flags, "--lr", "1e10"), "not finite", "--resume", "--lr")
+    assert not (folder / "models" / "vqgan" / "best.pt").exists()
+    assert call(folder, "vqgan.py", *flags, "--lr", "1e-5", "--resume")[0] == 0
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(folder):
