@@ -14,6 +14,7 @@ from harness import checkpoint
 
 HERE = Path(__file__).parent
 PR_SET_PDEATHSIG = 1
+PLACE = ("output_folder", "resume", "overwrite")  # flags that `train` adds
 _training = set()  # processes at work
 
 
@@ -96,11 +97,18 @@ def _duration(seconds):
 
 
 def is_other(run, command):
-    """Whether a run's folder holds what another command began to train."""
-    known, last = run / "command.json", run / "last.pt"
-    if not known.exists() or not last.exists():
+    """Whether a run's folder holds what another command began to train: its checkpoint says which."""
+    known, last = run / "command.json", run / "last.pt"  # the former beside older checkpoints, which do not say
+    if not last.exists():
         return False
-    return mixes.meaning(checkpoint.load_json(known)) != mixes.meaning(command)
+    began = checkpoint.load(last, "vqvae").get("command") or (checkpoint.load_json(known) if known.exists() else None)
+    return began is not None and _trained_by(began) != _trained_by(command)
+
+
+def _trained_by(command):
+    """What `mixes.meaning` says of a command, whatever folder it goes to, and whether it goes on there."""
+    script, flags, own = mixes.meaning(command)
+    return script, {name: value for name, value in flags.items() if name not in PLACE}, own
 
 
 def check(run, command):
@@ -123,7 +131,6 @@ def train(run, command, threads):
         return
     run.mkdir(parents=True, exist_ok=True)
     how = "--overwrite" if is_other(run, command) else "--resume"
-    checkpoint.save_json(run / "command.json", command)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     # In a session of its own: Ctrl-C reaches this process, which stops all runs, and not each of them as well.
     with open(run / "output.txt", "a") as output, subprocess.Popen(

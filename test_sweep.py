@@ -54,6 +54,31 @@ def test_a_command_that_never_trained_locks_nothing(tmp_path):
         sweep.check(tmp_path, two)
 
 
+def test_a_command_that_is_refused_leaves_known_what_was_trained(tmp_path, monkeypatch):
+    write_images(tmp_path, 40)
+    monkeypatch.chdir(tmp_path)
+    run = Path("models/comparison/mse-seed0")
+    flags = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--batch-size", "8", "--device",
+             "cpu", "--num-epochs", "1")
+    one, two = (mixes.command_of({"mse": 1.}, 0, [*flags, "--k", k], []) for k in ("16", "32"))
+    sweep.train(run, one, 1)
+    (run / "results.json").unlink()  # as in its last epoch
+    contents = checkpoint.load(run / "last.pt", "vqvae")
+    checkpoint.save(run / "last.pt", "vqvae", contents | {"counters": contents["counters"] | {"step": 0}})
+    at_work = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from harness.run import "
+                                "lock\nheld = lock(Path(sys.argv[1]))\nprint('held', flush=True)\ninput()",
+                                str(run.resolve())], cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert at_work.stdout.readline() == "held\n"
+    sweep.check(run, two)
+    with pytest.raises(ValueError, match="in use"):
+        sweep.train(run, two, 1)
+    at_work.communicate("\n")
+    checkpoint.save(run / "last.pt", "vqvae", contents)
+    sweep.check(run, one)
+    with pytest.raises(ValueError, match="other flags"):
+        sweep.check(run, two)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells a child that its parent is gone")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_training_ends_with_the_comparison_that_started_it(tmp_path, number):

@@ -282,7 +282,8 @@ class Run:
                     "world": distributed.world_size()}
         checkpoint.save(self.models / name, self.kind, {
             "args": {name: _plain(value) for name, value in vars(self.args).items()}, "counters": counters,
-            "best": self.best, "random": checkpoint.random_state(), **_saved(self.state | instead)})
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "best": self.best,
+            "random": checkpoint.random_state(), **_saved(self.state | instead)})
         distributed.barrier()
 
     def improved(self, values, monitored, larger_is_better, **instead):
