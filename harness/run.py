@@ -43,12 +43,16 @@ def check_folder(args, kind, reads=()):
     for path in filter(None, reads):
         if checkpoint.resolve(path).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder} holds {path}, which this run reads: give another --output-folder")
-    if (folder / "args.json").exists() and not (args.resume or args.overwrite):
+    last, best = folder / "last.pt", folder / "best.pt"
+    if any(file.exists() for file in (folder / "args.json", last, best)) and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
                          "another --output-folder")
-    held = checkpoint.kind_of(folder / "last.pt")
+    held = checkpoint.kind_of(last) or checkpoint.kind_of(best)
     if held not in (None, kind):
         raise ValueError(f"{folder} holds the run of a {held}, not of a {kind}: give another --output-folder")
+    if args.resume and best.exists() and not last.exists():
+        raise ValueError(f"{folder} holds a best.pt but no last.pt to go on from: pass --overwrite to replace the run, "
+                         "or give another --output-folder")
 
 
 class Run:

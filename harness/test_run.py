@@ -78,6 +78,24 @@ def test_a_run_of_another_kind_is_not_replaced(folder):
         fails(call(folder, "pixelcnn_prior.py", "--model", "models/a", "--output-folder", "b", flag), "vqvae", "prior")
 
 
+def test_a_run_that_lost_a_file_is_still_one(folder):
+    assert run(folder, "--num-epochs", "1", "--output-folder", "a")[0] == 0
+    a, b = (folder / "models" / name for name in "ab")
+    shutil.copytree(a, b)
+    best = (b / "best.pt").read_bytes()
+    prior = ("pixelcnn_prior.py", "--model", "models/a", "--output-folder", "b", "--overwrite", "--device", "cpu")
+    (b / "last.pt").write_bytes(b"damaged")
+    fails(call(folder, *prior), "holds the run of a vqvae")
+    (b / "args.json").unlink()
+    fails(run(folder, "--output-folder", "b"), "already holds a run")
+    (b / "last.pt").unlink()
+    fails(call(folder, *prior), "holds the run of a vqvae")
+    fails(run(folder, "--output-folder", "b"), "already holds a run")
+    fails(run(folder, "--output-folder", "b", "--resume"), "no last.pt to go on from")
+    assert (b / "best.pt").read_bytes() == best
+    assert run(folder, "--num-epochs", "1", "--output-folder", "b", "--overwrite")[0] == 0
+
+
 def test_a_folder_in_use_is_refused_and_a_dead_owner_noticed(folder):
     process = start(folder, "vqvae.py", *SMALL, "--num-epochs", "500")
     for line in process.stdout:
