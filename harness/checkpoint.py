@@ -13,9 +13,7 @@ import torch
 from harness import distributed
 
 FORMAT = 1
-saved = []  # paths of the checkpoints that this process took part in, for what is said when it fails
-
-
+saved = []  # paths of a run's checkpoints that are written for sure, for what is said when this process fails
 _UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, zipfile.BadZipFile, ValueError,
                AttributeError, TypeError, NotImplementedError)
 
@@ -54,7 +52,6 @@ def save(path, kind, contents):
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, **contents}, buffer)
     write_atomic(path, buffer.getbuffer())
-    saved.append(Path(path))
 
 
 def resolve(path):

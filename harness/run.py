@@ -289,6 +289,7 @@ class Run:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "best": self.best,
             "random": checkpoint.random_state(), **_saved(self.state | instead)})
         distributed.barrier()
+        checkpoint.saved.append(self.models / name)  # rank 0 has written it, and so came to the barrier
 
     def improved(self, values, monitored, larger_is_better, **instead):
         """Keep the monitored one of validation values {name: number} if it is the best so far, and the state with it,

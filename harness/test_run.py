@@ -17,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import HERE, call, start, stop_after, write_images
-from harness import checkpoint, cli
+from harness import checkpoint, cli, distributed
 from harness.run import Run, lock
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size", "8",
@@ -365,6 +365,23 @@ def test_weights_that_are_not_finite_are_refused(folder, trained):
     change(trained, model=model)
     for script, *flags in (("evaluate.py", "--no-features"), ("pixelcnn_prior.py",)):
         fails(call(folder, script, "--model", "models/vqvae", *flags), "not finite", "best.pt")
+
+
+def test_a_checkpoint_is_good_once_all_processes_say_so(folder, monkeypatch):
+    # The process that is to write it is gone: it came to the barriers of the data and of the folder, and to no more.
+    monkeypatch.setattr(checkpoint, "saved", [])
+    calls = iter([None, None])
+
+    def barrier():
+        if next(calls, "lost") == "lost":
+            raise RuntimeError("gloo: connection closed")
+    monkeypatch.setattr(distributed, "barrier", barrier)
+    with pytest.raises(RuntimeError, match="connection closed"):
+        run(folder, "--num-epochs", "1")
+    assert (folder / "models" / "vqvae" / "last.pt").exists() and not checkpoint.saved
+    monkeypatch.undo()
+    assert run(folder, "--num-epochs", "1", "--overwrite")[0] == 0
+    assert Path("models/vqvae/last.pt") in checkpoint.saved
 
 
 # --- the command line
