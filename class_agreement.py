@@ -29,7 +29,7 @@ def main():
     args = parser.parse_args()
 
     device = cli.pick_device(args.device)
-    ckpt, prior_ckpt = checkpoint.load(args.model, "vqvae"), checkpoint.load(args.prior, "prior")
+    ckpt, prior_ckpt = checkpoint.load(args.model, "vqvae", datasets.FACTS), checkpoint.load(args.prior, "prior")
     classes = ckpt["data"]["classes"]
     if not classes:
         raise ValueError(f"{args.model} was trained on a data set without classes: there is nothing to agree on")

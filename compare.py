@@ -115,7 +115,7 @@ def main():
 
 def open_split(run, split, features):
     """A split of a run's data set, networks by name that judge it, and what figures measured with them depend on."""
-    ckpt = checkpoint.load(run / "best.pt", "vqvae")
+    ckpt = checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS)
     source = datasets.Source.of(ckpt)
     data = datasets.load(ckpt["data"]["name"], source, 128, cli.pick_device("auto"))
     networks = {name: open_network(name, data, source) for name in features}

@@ -35,7 +35,8 @@ def parse_args():
 def main():
     args = parse_args()
     device = cli.pick_device(args.device)
-    checkpoints = {path: checkpoint.load(path, "vqvae") for path in map(str, map(checkpoint.resolve, args.model))}
+    checkpoints = {path: checkpoint.load(path, "vqvae", datasets.FACTS)
+                   for path in map(str, map(checkpoint.resolve, args.model))}
     first, facts = next((path, contents["data"]) for path, contents in checkpoints.items())
     for path, contents in checkpoints.items():
         if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):

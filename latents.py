@@ -29,9 +29,11 @@ def add_arguments(parser):
 
 def check_vqvae(ckpt, path):
     """ValueError where a model, of which these are the contents, was trained on the codes of another VQ-VAE."""
-    if ckpt["vqvae"]["digest"] != checkpoint.digest(path):
-        raise ValueError(f"this {ckpt['kind']} was trained on the codes of {ckpt['vqvae']['path']} as it was then, and "
-                         f"{path} is another VQ-VAE: pass that one, or train a {ckpt['kind']} for this one")
+    with checkpoint.complete(ckpt["path"]):
+        known, digest = ckpt["vqvae"]["path"], ckpt["vqvae"]["digest"]
+    if digest != checkpoint.digest(path):
+        raise ValueError(f"this {ckpt['kind']} was trained on the codes of {known} as it was then, and {path} is "
+                         f"another VQ-VAE: pass that one, or train a {ckpt['kind']} for this one")
 
 
 class FirstStage:
@@ -45,7 +47,7 @@ class FirstStage:
     """
 
     def __init__(self, args, device, in_order=False):
-        ckpt = checkpoint.load(args.model, "vqvae")
+        ckpt = checkpoint.load(args.model, "vqvae", datasets.FACTS | {"model_args": {"K": int, "dim": int}})
         self.args, self.device, self.data = args, device, ckpt["data"]
         self.vqvae = VectorQuantizedVAE.rebuild(ckpt).to(device, memory_format=torch.channels_last)
         self.K, self.classes = self.vqvae.K, self.data["classes"]
@@ -72,7 +74,7 @@ class FirstStage:
         key += " in order" * self.source.in_order
         if path.exists():
             try:
-                kept = checkpoint.load(path, "latents")
+                kept = checkpoint.load(path, "latents", {"key": str, "splits": dict.fromkeys(SPLITS, tuple)})
             except ValueError as error:
                 raise ValueError(f"{path} is damaged: delete it, and the images are encoded anew") from error
             if kept["key"] == key:

@@ -98,10 +98,10 @@ def _duration(seconds):
 
 def is_other(run, command):
     """Whether a run's folder holds what another command began to train: its checkpoint says which."""
-    known, last = run / "command.json", run / "last.pt"  # the former beside older checkpoints, which do not say
-    if not last.exists():
-        return False
-    began = checkpoint.load(last, "vqvae").get("command") or (checkpoint.load_json(known) if known.exists() else None)
+    known, last = run / "command.json", run / "last.pt"
+    began = checkpoint.load(last, "vqvae").get("command") if last.exists() else None
+    if last.exists() and not began and known.exists():  # older checkpoints do not say, a file beside them does
+        began = checkpoint.load_json(known, list)
     return began is not None and _trained_by(began) != _trained_by(command)
 
 

@@ -67,13 +67,16 @@ def resolve(path):
     return file
 
 
-def load(path, kind):
+def load(path, kind, facts=None):
     """Load a checkpoint of `kind` to the CPU, executing nothing that is in it; `path` is as `resolve` takes it.
 
+    Args:
+        facts: {name: type, or a dict of such} of what the caller reads.
     Returns:
         what `save` was given, and its "path".
     Raises:
-        FileNotFoundError: there is none. ValueError: it is damaged, newer than this program, or not of this kind.
+        FileNotFoundError: there is none. ValueError: it is damaged, newer than this program, not of this kind, or lacks
+            some of the facts.
     """
     path = resolve(path)
     try:
@@ -87,7 +90,18 @@ def load(path, kind):
     if not isinstance(contents.get("format"), int) or contents["format"] > FORMAT:
         raise ValueError(f"{path} has format {contents.get('format')}, this program reads up to {FORMAT}: use the "
                          "version that wrote it, or a newer one")
+    with complete(path):
+        _check(contents, facts or {})
     return contents | {"path": str(path)}
+
+
+def _check(contents, facts):
+    """KeyError or TypeError where contents lack some of the facts."""
+    for name, kind in facts.items():
+        if isinstance(kind, dict):
+            _check(contents[name], kind)
+        elif not isinstance(contents[name], kind):
+            raise TypeError(f"its {name} is a {type(contents[name]).__name__}")
 
 
 def _read(path):
@@ -131,12 +145,15 @@ def save_json(path, values):
     write_atomic(path, (json.dumps(values, indent=2, default=str) + "\n").encode())
 
 
-def load_json(path):
-    """Read a JSON file. ValueError where it is damaged."""
+def load_json(path, kind=dict):
+    """Read a JSON file that holds a `kind`. ValueError where it is damaged or holds anything else."""
     try:
-        return json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text())
+        if not isinstance(values, kind):
+            raise ValueError(f"it holds a {type(values).__name__}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it or run again") from error
+    return values
 
 
 def random_state():
