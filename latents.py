@@ -10,7 +10,7 @@ from functions import cross_entropy
 from harness import checkpoint, cli, distributed
 from harness.batches import Batches
 from harness.compiled import compile_forward, graphs_fit
-from harness.run import Run, check_folder, run_folder
+from harness.run import Run, check_folder, lock, run_folder
 from modules import VectorQuantizedVAE
 
 ENCODE_BATCH = 256
@@ -69,7 +69,11 @@ class FirstStage:
             return self.read_or_encode(run_folder("models", self.args) / "latents.pt")
 
     def read_or_encode(self, path):
-        """{split: (latents, labels)} from `path`, or encoded and kept there. ValueError where the file is damaged."""
+        """{split: (latents, labels)} from `path`, or encoded and kept there.
+
+        Raises:
+            ValueError: the file is damaged, or is to be replaced while another process is at work in its folder.
+        """
         key = f"{checkpoint.digest(self.args.model)} {datasets.fingerprint(self.args.dataset, self.source)}"
         key += " in order" * self.source.in_order
         if path.exists():
@@ -80,12 +84,14 @@ class FirstStage:
             if kept["key"] == key:
                 return kept["splits"]
         splits, images = {}, self.images()
+        if not distributed.rank():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(path.parent)  # the folder's as long as this object lives: its run takes it once more
         for split in SPLITS:
             batches = getattr(images, split)
             batches.shuffle = False
             encoded = [(self.encode(x).to(torch.int32).cpu(), label.cpu()) for x, label in batches]
             splits[split] = tuple(map(torch.cat, zip(*encoded)))
-        path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(path, "latents", {"key": key, "splits": splits})
         return splits
 

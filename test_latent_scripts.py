@@ -12,7 +12,7 @@ from PIL import Image
 import latents
 import stacked_vqvae
 import video_prior
-from conftest import call, start, stop_after
+from conftest import at_work, call, start, stop_after
 from harness import checkpoint, distributed
 from harness.test_distributed import finish, torchrun
 
@@ -140,6 +140,17 @@ def test_a_vqvae_without_sequences_and_the_codes_of_another_are_refused(folder):
         for flags in (more, ("--resume",)):
             code, _, err = train(folder, script, *flags, "--output-folder", f"{kind}-own", model="models/other")
             assert code == 2 and "another VQ-VAE" in err and err.count("\n") == 1
+
+
+def test_latents_of_a_run_that_is_at_work_are_not_replaced(folder):
+    live = folder / "models" / "live"
+    assert train(folder, "stacked_vqvae.py", "--num-epochs", "1", "--output-folder", "live")[0] == 0
+    before = (live / "latents.pt").read_bytes()
+    again = ("stacked_vqvae.py", "--num-epochs", "1", "--output-folder", "live", "--overwrite")
+    with at_work(live):
+        code, _, err = train(folder, *again, model="models/other")
+    assert code == 2 and "models/live is in use" in err and (live / "latents.pt").read_bytes() == before
+    assert train(folder, *again, model="models/other")[0] == 0 and (live / "latents.pt").read_bytes() != before
 
 
 def test_class_agreement_judges_a_prior(folder):

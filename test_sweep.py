@@ -10,7 +10,7 @@ import pytest
 
 import mixes
 import sweep
-from conftest import HERE, write_images
+from conftest import HERE, at_work, write_images
 from harness import checkpoint
 
 
@@ -65,14 +65,9 @@ def test_a_command_that_is_refused_leaves_known_what_was_trained(tmp_path, monke
     (run / "results.json").unlink()  # as in its last epoch
     contents = checkpoint.load(run / "last.pt", "vqvae")
     checkpoint.save(run / "last.pt", "vqvae", contents | {"counters": contents["counters"] | {"step": 0}})
-    at_work = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from harness.run import "
-                                "lock\nheld = lock(Path(sys.argv[1]))\nprint('held', flush=True)\ninput()",
-                                str(run.resolve())], cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert at_work.stdout.readline() == "held\n"
     sweep.check(run, two)
-    with pytest.raises(ValueError, match="in use"):
+    with at_work(run), pytest.raises(ValueError, match="in use"):
         sweep.train(run, two, 1)
-    at_work.communicate("\n")
     checkpoint.save(run / "last.pt", "vqvae", contents)
     sweep.check(run, one)
     with pytest.raises(ValueError, match="other flags"):
