@@ -289,6 +289,22 @@ def test_a_folder_that_cannot_be_written_is_one_line():
     fails((done.returncode, done.stdout, done.stderr), "models/vqvae", "Permission denied")
 
 
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells a process who sent a signal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_run_that_streams_saves_it(folder, number):
+    code = ("import sys, datasets, vqvae; from harness import cli\ndatasets.IN_MEMORY_BYTES = 0\n"
+            "sys.argv[0] = 'vqvae.py'\ncli.run(vqvae.main)")
+    process = subprocess.Popen([sys.executable, "-c", code, *SMALL, "--num-epochs", "100000", "--num-workers", "2"],
+                               cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    while not process.stdout.readline().startswith("epoch 2/"):
+        pass
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)  # until every process has closed the pipe
+    assert process.returncode == 128 + number and err.startswith(f"stopped by {number.name} and saved"), err
+    assert checkpoint.load(folder / "models" / "vqvae" / "last.pt", "vqvae")["counters"]["epoch"] >= 2
+
+
 def test_ctrl_c_before_training_is_silent(capsys):
     def main():
         raise KeyboardInterrupt
