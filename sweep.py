@@ -131,7 +131,9 @@ def train(run, command, threads):
         return
     run.mkdir(parents=True, exist_ok=True)
     how = "--overwrite" if is_other(run, command) else "--resume"
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    # Without the job's id, which a run would add to its name: a comparison goes on in another job where it stopped.
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    environment["OMP_NUM_THREADS"] = str(threads)
     # In a session of its own: Ctrl-C reaches this process, which stops all runs, and not each of them as well.
     with open(run / "output.txt", "a") as output, subprocess.Popen(
             [sys.executable, str(HERE / command[0]), *command[1:], how, "--output-folder",

@@ -74,6 +74,16 @@ def test_a_command_that_is_refused_leaves_known_what_was_trained(tmp_path, monke
         sweep.check(run, two)
 
 
+def test_runs_have_the_same_names_in_a_job_of_slurm(tmp_path, monkeypatch):
+    write_images(tmp_path, 40)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    run = Path("models/comparison/mse-seed0")
+    sweep.train(run, mixes.command_of({"mse": 1.}, 0, ["--data-folder", "images", "--hidden-size", "4", "--k", "8",
+                                                       "--device", "cpu", "--num-epochs", "1"], []), 1)
+    assert (run / "results.json").exists()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells a child that its parent is gone")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_training_ends_with_the_comparison_that_started_it(tmp_path, number):
