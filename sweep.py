@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import as_completed
+from functools import partial
 from pathlib import Path
 
 import mixes
 from harness import checkpoint
 
 HERE = Path(__file__).parent
-PR_SET_PDEATHSIG = 1
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # opened here: a child that was just forked had better not
 PLACE = ("output_folder", "resume", "overwrite")  # flags that `train` adds
 _training = set()  # processes at work
 
@@ -138,7 +139,7 @@ def train(run, command, threads):
     with open(run / "output.txt", "a") as output, subprocess.Popen(
             [sys.executable, str(HERE / command[0]), *command[1:], how, "--output-folder",
              str(run.relative_to("models"))], stdout=output, stderr=subprocess.PIPE, text=True, env=environment,
-            start_new_session=True, preexec_fn=end_with_parent()) as process:
+            start_new_session=True, preexec_fn=partial(end_with, os.getpid())) as process:
         _training.add(process)
         errors = process.communicate()[1].strip().splitlines() or ["training failed"]
         _training.discard(process)
@@ -146,17 +147,12 @@ def train(run, command, threads):
         raise ValueError(f"{run}: {next((line for line in errors if ': error: ' in line), errors[-1])}")
 
 
-def end_with_parent():
-    """A function for the child of a process to call first: on Linux, SIGTERM then comes if its parent is killed.
+def end_with(parent):
+    """For the child of a process to call first: on Linux, SIGTERM then comes if that parent is killed.
 
-    So a comparison that is started again does not find the run still at work.
+    So a comparison that is started again does not find its processes still at work.
     """
-    if not sys.platform.startswith("linux"):
-        return None
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def ask():
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform.startswith("linux"):
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # gone before it was asked
             os._exit(1)
-    return ask

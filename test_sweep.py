@@ -1,4 +1,5 @@
 """Runs of a comparison: baselines, times, and training that ends with whoever started it."""
+import os
 import signal
 import subprocess
 import sys
@@ -104,6 +105,37 @@ def test_training_ends_with_the_comparison_that_started_it(tmp_path, number):
     assert status == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
     left = checkpoint.load(run / "last.pt", "vqvae")["counters"]
     assert left["epoch"] < 100000 and (left["step"] >= 4 or number == signal.SIGKILL)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells a child that its parent is gone")
+def test_measuring_ends_with_the_comparison_that_started_it():
+    code = """if True:
+        import os, time
+        from concurrent.futures import ProcessPoolExecutor
+        from unittest import mock
+        import compare
+        import sweep
+
+        def measure(pool, jobs, *_):
+            for process in [pool.submit(os.getpid) for _ in range(jobs)]:
+                process.result()
+            print(*pool._processes, flush=True)
+            time.sleep(600)
+
+        if __name__ == "__main__":
+            with mock.patch.object(compare, "in_turn", measure), \\
+                    mock.patch.object(compare.checkpoint, "digest", lambda _: ""):
+                compare.measure_runs({("a", 0): compare.Path("a")}, None, {}, {"split": "valid"}, 2, 1)"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True, stdout=subprocess.PIPE)
+    measuring = [int(number) for number in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    assert measuring
+    try:
+        wait_for(lambda: not any(alive(child) for child in measuring))
+    finally:
+        for child in filter(alive, measuring):
+            os.kill(child, signal.SIGKILL)
 
 
 def wait_for(condition, seconds=60):
