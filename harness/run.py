@@ -139,6 +139,7 @@ class Run:
             self.epoch, self.batch = self.epoch + 1, 0
             self.save("last.pt")
             self._stop_if_asked()
+        self._logged = self.step  # of the last report: taken back, as is all from here on, where the run goes on
 
     def batches(self, loader):
         """Batches of the current epoch still to do, with a progress bar on a terminal; stops on SIGINT and SIGTERM."""

@@ -177,6 +177,15 @@ def test_a_killed_and_resumed_run_shows_the_curves_of_one_that_was_not(folder):
     assert [step for step, _ in whole["loss/train/reconstruction"]] == list(range(0, 16, 2))
 
 
+def test_a_finished_run_that_goes_on_shows_its_report_once(folder):
+    for epochs in (1, 1, 2):
+        assert run(folder, "--num-epochs", epochs, "--output-folder", "parts", "--resume")[0] == 0
+    assert run(folder, "--num-epochs", "2", "--output-folder", "whole")[0] == 0
+    assert curves(folder, "parts") == curves(folder, "whole")
+    assert curves(folder, "parts/hparams") == curves(folder, "whole/hparams") != {}
+    assert [step for step, _ in curves(folder, "parts")["loss/test/reconstruction"]] == [8]
+
+
 def test_a_new_run_leaves_the_curves_of_runs_in_folders_below(folder):
     assert run(folder, "--num-epochs", "1", "--output-folder", "a/b")[0] == 0
     before = curves(folder, "a/b")
