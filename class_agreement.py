@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
     parser.add_argument("--temperature", type=cli.positive, default=1., help="(default %(default)s)")
     parser.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="(default %(default)s)")
+    parser.add_argument("--seed", type=cli.whole, default=0, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     args = parser.parse_args()
 

@@ -63,6 +63,10 @@ def test_a_prior_that_does_not_say_of_which_codes(prior, value):
     check(prior, (*AGREE, "models/prior"), "models/prior/best.pt does not hold all that it should")
 
 
+def test_more_samples_than_any_memory(prior):
+    check(prior, (*PRIOR, "--sample", "100000000000000"), "too little memory")
+
+
 @pytest.mark.parametrize("keys", ["key", "splits", "splits.train"])
 def test_latents_that_lack_an_entry(prior, keys):
     change(prior, keys, MISSING, "models/prior/latents.pt")
