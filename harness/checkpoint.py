@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pickle
+import struct
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from harness import distributed
 
 FORMAT = 1
 saved = []  # paths of a run's checkpoints that are written for sure, for what is said when this process fails
-_UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, zipfile.BadZipFile, ValueError,
-               AttributeError, TypeError, NotImplementedError)
+FOLDER = 0x10  # the bit of a zip entry's attributes that makes it one
+_UNREADABLE = (OSError, zlib.error, struct.error, RuntimeError, pickle.UnpicklingError, EOFError, KeyError,
+               zipfile.BadZipFile, ValueError, AttributeError, TypeError, NotImplementedError)
 
 
 def write_atomic(path, data):
@@ -79,11 +82,12 @@ def load(path, kind, facts=None):
             some of the facts.
     """
     path = resolve(path)
-    try:
-        contents = _read(path)
-    except _UNREADABLE as error:
-        raise ValueError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): use another, such as the "
-                         "best.pt or last.pt beside it") from error
+    with open(path, "rb") as file:
+        try:
+            contents = _read(file)
+        except _UNREADABLE as error:
+            raise ValueError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): use another, such as "
+                             "the best.pt or last.pt beside it") from error
     if not isinstance(contents, dict) or contents.get("kind") != kind:
         held = contents.get("kind") if isinstance(contents, dict) else None
         raise ValueError(f"{path} is a checkpoint of {f'a {held}' if held else 'something else'}, not of a {kind}")
@@ -104,11 +108,13 @@ def _check(contents, facts):
             raise TypeError(f"its {name} is a {type(contents[name]).__name__}")
 
 
-def _read(path):
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip():  # its checksums, which torch.load leaves alone
+def _read(file):
+    with zipfile.ZipFile(file) as archive:
+        # Checksums, which torch.load leaves alone; and of what is marked as a folder it would read nothing.
+        if archive.testzip() or any(entry.external_attr & FOLDER for entry in archive.infolist()):
             raise zipfile.BadZipFile
-    return torch.load(path, map_location="cpu", weights_only=True)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @contextmanager
@@ -124,8 +130,9 @@ def complete(path):
 def kind_of(path):
     """Kind of the checkpoint at a path; None where there is none that can be read."""
     try:
-        contents = _read(path)
-    except (OSError, *_UNREADABLE):
+        with open(path, "rb") as file:
+            contents = _read(file)
+    except _UNREADABLE:
         return None
     return contents.get("kind") if isinstance(contents, dict) else None
 
