@@ -142,6 +142,16 @@ def test_a_vqvae_without_sequences_and_the_codes_of_another_are_refused(folder):
             assert code == 2 and "another VQ-VAE" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["--limit", "--batch-size"])
+def test_a_batch_of_one_is_refused_before_a_run_is_replaced(folder, flag):
+    if not (folder / "models" / "kept").exists():
+        assert train(folder, "stacked_vqvae.py", "--num-epochs", "1", "--output-folder", "kept")[0] == 0
+    before = {path: path.read_bytes() for path in (folder / "models" / "kept").glob("[!.]*")}
+    code, _, err = train(folder, "stacked_vqvae.py", "--output-folder", "kept", "--overwrite", flag, "1")
+    assert code == 2 and err.count("\n") == 1 and "--limit" in err and "--batch-size" in err, err
+    assert before == {path: path.read_bytes() for path in (folder / "models" / "kept").glob("[!.]*")}
+
+
 def test_latents_of_a_run_that_is_at_work_are_not_replaced(folder):
     live = folder / "models" / "live"
     assert train(folder, "stacked_vqvae.py", "--num-epochs", "1", "--output-folder", "live")[0] == 0
