@@ -24,12 +24,12 @@ def main():
     parser.add_argument("--data-folder", type=cli.path, help="(default the VQ-VAE's)")
     parser.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
     add_drawing_arguments(parser)
-    parser.add_argument("--seed", type=cli.seed, default=0, help="(default %(default)s)")
+    parser.add_argument("--seed", type=cli.whole, default=0, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     args = parser.parse_args()
 
     device = cli.pick_device(args.device)
-    ckpt, prior_ckpt = checkpoint.load(args.model, "vqvae"), checkpoint.load(args.prior, "prior")
+    ckpt, prior_ckpt = checkpoint.load(args.model, "vqvae", datasets.FACTS), checkpoint.load(args.prior, "prior")
     classes = ckpt["data"]["classes"]
     if not classes:
         raise ValueError(f"{args.model} was trained on a data set without classes: there is nothing to agree on")

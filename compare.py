@@ -22,7 +22,7 @@ from losses import TERMS
 from modules import VectorQuantizedVAE
 from rate import delta_rate
 from recipes import RECIPES
-from sweep import Sweep, check, in_turn, train
+from sweep import Sweep, check, end_with, in_turn, train
 
 QUICK = ("--hidden-size", "64", "--num-epochs", "1")
 VERSION = 2  # of the figures kept beside a run: raise it whenever one changes its meaning
@@ -117,7 +117,7 @@ def main():
 
 def open_split(run, split, features):
     """A split of a run's data set, networks by name that judge it, and what figures measured with them depend on."""
-    ckpt = checkpoint.load(run / "best.pt", "vqvae")
+    ckpt = checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS)
     source = datasets.Source.of(ckpt)
     data = datasets.load(ckpt["data"]["name"], source, 128, cli.pick_device("auto"))
     networks = {name: open_network(name, data, source) for name in features}
@@ -136,13 +136,18 @@ def measure_runs(runs, split, networks, setting, jobs, threads):
     if missing:
         judges = [Judge(name, network, split) for name, network in networks.items()]
         # Processes, because two networks in threads of one slow each other down.
-        pool = ProcessPoolExecutor(jobs, get_context("spawn"), prepare_measuring, (split, judges, threads)) \
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), prepare_process, (os.getpid(), split, judges, threads)) \
             if jobs > 1 else ThreadPoolExecutor(1, initializer=prepare_measuring, initargs=(split, judges, threads))
         in_turn(pool, jobs, "measured", missing, lambda key: (measure_and_keep, missing[key], kept[key], keys[key]))
     return {key: checkpoint.load_json(path)["figures"] for key, path in kept.items()}
 
 
 _measuring = {}  # of a process that measures: the split and its judges
+
+
+def prepare_process(parent, *what):
+    end_with(parent)
+    prepare_measuring(*what)
 
 
 def prepare_measuring(split, judges, threads):

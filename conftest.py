@@ -4,7 +4,7 @@ import io
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,20 @@ def start(folder, script, *flags):
     """Start a script as a process of its own, to be killed."""
     return subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)], cwd=folder, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@contextmanager
+def at_work(folder):
+    """Another process holds the lock of a run's folder."""
+    code = "import sys\nfrom pathlib import Path\nfrom harness.run import lock\nheld = lock(Path(sys.argv[1]))\n" \
+        "print('held', flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", code, str(Path(folder).resolve())], cwd=HERE, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield
+        finally:
+            process.communicate("\n")
 
 
 def stop_after(process, line_start, number):

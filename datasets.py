@@ -24,6 +24,9 @@ CARVED = 0.1  # share of train that becomes a split the data set does not bring
 SPLIT_SEED = 0  # splits never depend on --seed
 
 
+# What is read of the checkpoint of a model: its data set, and the flags that say where that lies.
+FACTS = {"data": {"name": str, "channels": int, "size": list, "classes": list},
+         "args": {"data_folder": str, "skip_broken": bool}}
 BUILT_IN = "photos"  # the data set that reads no folder
 CROP_SCALE = 1.15  # of --random-crop alone
 
@@ -70,6 +73,13 @@ def source_of(args):
     return Source(args.data_folder, args.image_size, not args.no_download, args.skip_broken, args.random_crop or 1.)
 
 
+def _known(name):
+    """What opens a data set. ValueError where nothing does."""
+    if name not in DATASETS:
+        raise ValueError(f"the data set {name!r} is not known, only {', '.join(DATASETS)} are")
+    return DATASETS[name]
+
+
 def _refuse_folder(name, folder):
     if folder and name == BUILT_IN:
         raise ValueError(f"the data set {BUILT_IN} is built in and reads no folder: leave out --data-folder {folder}, "
@@ -112,8 +122,9 @@ class Source:
 
     @classmethod
     def of(cls, checkpoint, folder=None, download=True):
-        """Where the images of a checkpoint's contents came from, or the same images in another folder."""
+        """Where the images of a checkpoint's contents, which hold `FACTS`, came from, or the same in another folder."""
         args, facts = checkpoint["args"], checkpoint["data"]
+        _known(facts["name"])
         _refuse_folder(facts["name"], folder)
         return cls(folder or args["data_folder"], tuple(facts["size"]), download, args["skip_broken"],
                    channels=facts["channels"])
@@ -175,9 +186,7 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
         FileNotFoundError, ValueError, OSError: no frames in order, missing or empty folder, broken image, sizes or
             channels that differ, no download.
     """
-    if name not in DATASETS:
-        raise ValueError(f"the data set {name!r} is not known, only {', '.join(DATASETS)} are")
-    splits, classes = DATASETS[name](source)  # split -> (images, labels)
+    splits, classes = _known(name)(source)  # split -> (images, labels)
     if source.in_order and any(labels.ndim == 1 for _, labels in splits.values()):
         raise ValueError(f"{name} has no sequences of frames: boxing has, and a folder of numbered frames such as "
                          "clip/000001.png")

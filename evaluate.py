@@ -39,7 +39,8 @@ def main():
     if any((folder / name).exists() for name in ("args.json", "last.pt", "best.pt")):
         raise ValueError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
     device = cli.pick_device(args.device)
-    checkpoints = {path: checkpoint.load(path, "vqvae") for path in map(str, map(checkpoint.resolve, args.model))}
+    checkpoints = {path: checkpoint.load(path, "vqvae", datasets.FACTS)
+                   for path in map(str, map(checkpoint.resolve, args.model))}
     first, facts = next((path, contents["data"]) for path, contents in checkpoints.items())
     for path, contents in checkpoints.items():
         if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):

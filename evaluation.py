@@ -31,6 +31,8 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         ideal entropy coder makes of the latents, each by itself; what each judge says under "<figure>/<judge>", and
         the first under "<figure>" too.
         Both are of all processes together, the judges' of this one alone.
+    Raises:
+        ValueError: outputs of the encoder or the decoder are not finite.
     """
     was_training = model.training
     model.eval()
@@ -39,6 +41,9 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
     for x, _ in loader:
         with autocast():
             x_tilde, z_e, z_q = model(x)
+            if not all(bool(output.isfinite().all()) for output in (z_e, x_tilde)):
+                raise ValueError("outputs of the model are not finite, its training diverged: go on from its last.pt "
+                                 "with --resume and a lower --lr or --precision fp32, or train again")
             latents = model.codebook(z_e)
         counts = counts + torch.bincount(latents.flatten(), minlength=model.K)
         a, b = as_8bit(x_tilde), as_8bit(x)

@@ -144,8 +144,8 @@ class Experiment:
         """Measure the validation split, the same metrics whatever is trained; keep the best epoch."""
         run, shown = self.run, self.data.valid.examples(PICTURES)
         values = measure(self.judged, self.data.valid, self.criterion, self.autocast)[1]
-        monitored = values | {"last": run.step}
-        improved = run.improved(monitored[self.args.monitor], MONITORS[self.args.monitor], model=self.judged)
+        improved = run.improved(values | {"last": run.step}, self.args.monitor, MONITORS[self.args.monitor],
+                                model=self.judged)
         run.log({"loss/valid/reconstruction": values["loss"], "loss/valid/quantization": values["quantization"]})
         run.log({f"valid/{name}": value for name, value in values.items()})
         run.log_picture("original", report.image_rows([metrics.as_8bit(shown)]))

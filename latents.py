@@ -10,7 +10,7 @@ from functions import cross_entropy
 from harness import checkpoint, cli, distributed
 from harness.batches import Batches
 from harness.compiled import compile_forward, graphs_fit
-from harness.run import Run, check_folder, run_folder
+from harness.run import Run, check_folder, lock, run_folder
 from modules import VectorQuantizedVAE
 
 ENCODE_BATCH = 256
@@ -35,9 +35,11 @@ def add_drawing_arguments(group):
 
 def check_vqvae(ckpt, path):
     """ValueError where a model, of which these are the contents, was trained on the codes of another VQ-VAE."""
-    if ckpt["vqvae"]["digest"] != checkpoint.digest(path):
-        raise ValueError(f"this {ckpt['kind']} was trained on the codes of {ckpt['vqvae']['path']} as it was then, and "
-                         f"{path} is another VQ-VAE: pass that one, or train a {ckpt['kind']} for this one")
+    with checkpoint.complete(ckpt["path"]):
+        known, digest = ckpt["vqvae"]["path"], ckpt["vqvae"]["digest"]
+    if digest != checkpoint.digest(path):
+        raise ValueError(f"this {ckpt['kind']} was trained on the codes of {known} as it was then, and {path} is "
+                         f"another VQ-VAE: pass that one, or train a {ckpt['kind']} for this one")
 
 
 def check_classes(data, classes, folder):
@@ -58,7 +60,7 @@ class FirstStage:
     """
 
     def __init__(self, args, device, in_order=False):
-        ckpt = checkpoint.load(args.model, "vqvae")
+        ckpt = checkpoint.load(args.model, "vqvae", datasets.FACTS | {"model_args": {"K": int, "dim": int}})
         self.args, self.device, self.data = args, device, ckpt["data"]
         self.vqvae = VectorQuantizedVAE.rebuild(ckpt).to(device, memory_format=torch.channels_last)
         self.K, self.classes = self.vqvae.K, self.data["classes"]
@@ -80,23 +82,29 @@ class FirstStage:
             return self.read_or_encode(run_folder("models", self.args) / "latents.pt")
 
     def read_or_encode(self, path):
-        """{split: (latents, labels)} from `path`, or encoded and kept there. ValueError where the file is damaged."""
+        """{split: (latents, labels)} from `path`, or encoded and kept there.
+
+        Raises:
+            ValueError: the file is damaged, or is to be replaced while another process is at work in its folder.
+        """
         key = f"{checkpoint.digest(self.args.model)} {datasets.fingerprint(self.args.dataset, self.source)}"
         key += " in order" * self.source.in_order
         if path.exists():
             try:
-                kept = checkpoint.load(path, "latents")
+                kept = checkpoint.load(path, "latents", {"key": str, "splits": dict.fromkeys(SPLITS, tuple)})
             except ValueError as error:
                 raise ValueError(f"{path} is damaged: delete it, and the images are encoded anew") from error
             if kept["key"] == key:
                 return kept["splits"]
         splits, images = {}, self.images()
+        if not distributed.rank():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(path.parent)  # the folder's as long as this object lives: its run takes it once more
         for split in SPLITS:
             batches = getattr(images, split)
             batches.shuffle = False
             encoded = [(self.encode(x).to(torch.int32).cpu(), label.cpu()) for x, label in batches]
             splits[split] = tuple(map(torch.cat, zip(*encoded)))
-        path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(path, "latents", {"key": key, "splits": splits})
         return splits
 

@@ -55,7 +55,7 @@ def main():
                             lambda codes, label: (network(codes, label if classes else None), codes))
 
         values = measure(model, valid, first, autocast)
-        improved = run.improved(values["nats_per_latent"], larger_is_better=False)
+        improved = run.improved(values, "nats_per_latent", larger_is_better=False)
         run.log({f"valid/{name}": value for name, value in values.items()})
         if (epoch + 1) % args.sample_every == 0:
             images = draw_images(model, first, grid_labels(classes, device), args)

@@ -29,7 +29,7 @@ def parse_args():
 def main():
     args = parse_args()
     device = cli.pick_device(args.device)
-    ckpt = checkpoint.load(args.model, "vqvae")
+    ckpt = checkpoint.load(args.model, "vqvae", {"data": {"channels": int}})
     model = VectorQuantizedVAE.rebuild(ckpt).to(device, memory_format=torch.channels_last)
     sources = name_targets(list_sources(args.images), Path(args.output))
     rows, skipped = [], 0

@@ -56,6 +56,9 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     # Data fail here, before an old run is replaced.
     train, valid, test = first.batches("stacked")
+    if min(train.sizes()) == 1:
+        raise ValueError("a batch of one image is too little for batch norm: pass a --batch-size and a --limit of 2 or "
+                         "more, or add images")
     autocast = cli.autocast(device, args.precision)
     optimizer = cli.adam(model.parameters(), args.lr)
     run, network = first.start("stacked", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
@@ -85,7 +88,7 @@ def main():
                 run.show(nats=losses["cross-entropy"])
 
         values = measure(model, valid, first, autocast)
-        improved = run.improved(values["nats_per_latent"], larger_is_better=False)
+        improved = run.improved(values, "nats_per_latent", larger_is_better=False)
         run.log({f"valid/{name}": value for name, value in values.items()})
         run.print_epoch(values, improved)
 

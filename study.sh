@@ -8,6 +8,7 @@
 # SEEDS, BASELINE and MIX (the loss to beat and the one that should, as compare.py takes them), ONLY (some of the
 # questions, say ONLY="lasts rates").
 set -eu
+unset SLURM_JOB_ID # it would be added to the names of runs, which later commands and a later job look for
 PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-l1=20} MIX=${MIX:-recommended}
 QUESTIONS="baselines lasts claim width rates quantizers instead photographs prior"
 

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import as_completed
+from functools import partial
 from pathlib import Path
 
 import mixes
 from harness import checkpoint
 
 HERE = Path(__file__).parent
-PR_SET_PDEATHSIG = 1
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # opened here: a child that was just forked had better not
+PLACE = ("output_folder", "resume", "overwrite")  # flags that `train` adds
 _training = set()  # processes at work
 
 
@@ -96,11 +98,18 @@ def _duration(seconds):
 
 
 def is_other(run, command):
-    """Whether a run's folder holds what another command began to train."""
+    """Whether a run's folder holds what another command began to train: its checkpoint says which."""
     known, last = run / "command.json", run / "last.pt"
-    if not known.exists() or not last.exists():
-        return False
-    return mixes.meaning(checkpoint.load_json(known)) != mixes.meaning(command)
+    began = checkpoint.load(last, "vqvae").get("command") if last.exists() else None
+    if last.exists() and not began and known.exists():  # older checkpoints do not say, a file beside them does
+        began = checkpoint.load_json(known, list)
+    return began is not None and _trained_by(began) != _trained_by(command)
+
+
+def _trained_by(command):
+    """What `mixes.meaning` says of a command, whatever folder it goes to, and whether it goes on there."""
+    script, flags, own = mixes.meaning(command)
+    return script, {name: value for name, value in flags.items() if name not in PLACE}, own
 
 
 def check(run, command):
@@ -123,13 +132,14 @@ def train(run, command, threads):
         return
     run.mkdir(parents=True, exist_ok=True)
     how = "--overwrite" if is_other(run, command) else "--resume"
-    checkpoint.save_json(run / "command.json", command)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    # Without the job's id, which a run would add to its name: a comparison goes on in another job where it stopped.
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    environment["OMP_NUM_THREADS"] = str(threads)
     # In a session of its own: Ctrl-C reaches this process, which stops all runs, and not each of them as well.
     with open(run / "output.txt", "a") as output, subprocess.Popen(
             [sys.executable, str(HERE / command[0]), *command[1:], how, "--output-folder",
              str(run.relative_to("models"))], stdout=output, stderr=subprocess.PIPE, text=True, env=environment,
-            start_new_session=True, preexec_fn=end_with_parent()) as process:
+            start_new_session=True, preexec_fn=partial(end_with, os.getpid())) as process:
         _training.add(process)
         errors = process.communicate()[1].strip().splitlines() or ["training failed"]
         _training.discard(process)
@@ -137,17 +147,12 @@ def train(run, command, threads):
         raise ValueError(f"{run}: {next((line for line in errors if ': error: ' in line), errors[-1])}")
 
 
-def end_with_parent():
-    """A function for the child of a process to call first: on Linux, SIGTERM then comes if its parent is killed.
+def end_with(parent):
+    """For the child of a process to call first: on Linux, SIGTERM then comes if that parent is killed.
 
-    So a comparison that is started again does not find the run still at work.
+    So a comparison that is started again does not find its processes still at work.
     """
-    if not sys.platform.startswith("linux"):
-        return None
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def ask():
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform.startswith("linux"):
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # gone before it was asked
             os._exit(1)
-    return ask

@@ -25,3 +25,12 @@ def test_figures_are_the_mean_over_images_whatever_the_batches():
     counts = torch.bincount(model.encode(x).flatten(), minlength=16)
     p = counts[counts > 0] / counts.sum()
     assert at_once["perplexity"] == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_outputs_that_are_not_finite_are_refused(part):
+    model = VectorQuantizedVAE(3, 8, 16, quantizer="fsq")
+    torch.nn.init.constant_(next(getattr(model, part).parameters()), 3e38)
+    pixels = torch.randint(256, (4, 16, 16, 3), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="not finite"):
+        measure(model, Batches(pixels, torch.zeros(4), 4))

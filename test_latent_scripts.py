@@ -12,7 +12,7 @@ from PIL import Image
 import latents
 import stacked_vqvae
 import video_prior
-from conftest import call, start, stop_after
+from conftest import at_work, call, start, stop_after
 from harness import checkpoint, distributed
 from harness.test_distributed import finish, torchrun
 
@@ -140,6 +140,27 @@ def test_a_vqvae_without_sequences_and_the_codes_of_another_are_refused(folder):
         for flags in (more, ("--resume",)):
             code, _, err = train(folder, script, *flags, "--output-folder", f"{kind}-own", model="models/other")
             assert code == 2 and "another VQ-VAE" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--limit", "--batch-size"])
+def test_a_batch_of_one_is_refused_before_a_run_is_replaced(folder, flag):
+    if not (folder / "models" / "kept").exists():
+        assert train(folder, "stacked_vqvae.py", "--num-epochs", "1", "--output-folder", "kept")[0] == 0
+    before = {path: path.read_bytes() for path in (folder / "models" / "kept").glob("[!.]*")}
+    code, _, err = train(folder, "stacked_vqvae.py", "--output-folder", "kept", "--overwrite", flag, "1")
+    assert code == 2 and err.count("\n") == 1 and "--limit" in err and "--batch-size" in err, err
+    assert before == {path: path.read_bytes() for path in (folder / "models" / "kept").glob("[!.]*")}
+
+
+def test_latents_of_a_run_that_is_at_work_are_not_replaced(folder):
+    live = folder / "models" / "live"
+    assert train(folder, "stacked_vqvae.py", "--num-epochs", "1", "--output-folder", "live")[0] == 0
+    before = (live / "latents.pt").read_bytes()
+    again = ("stacked_vqvae.py", "--num-epochs", "1", "--output-folder", "live", "--overwrite")
+    with at_work(live):
+        code, _, err = train(folder, *again, model="models/other")
+    assert code == 2 and "models/live is in use" in err and (live / "latents.pt").read_bytes() == before
+    assert train(folder, *again, model="models/other")[0] == 0 and (live / "latents.pt").read_bytes() != before
 
 
 def test_class_agreement_judges_a_prior(folder):

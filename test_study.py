@@ -36,6 +36,14 @@ def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions
     assert splits.count("test") == 2  # the claim, at two lengths
 
 
+def test_runs_have_the_same_names_in_a_job_of_slurm(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "job ${SLURM_JOB_ID-none}"\n')
+    python.chmod(0o755)
+    code, found, _ = commands(tmp_path, "--quick", ONLY="width", PYTHON=str(python), SLURM_JOB_ID="42")
+    assert code == 0 and found == [["job", "none"]]
+
+
 def test_questions_are_asked_by_name_and_usage_is_told(tmp_path):
     code, found, _ = commands(tmp_path, "--quick", ONLY="rates", MIX="l1,ssim=0.5")
     assert code == 0 and len(found) == 2 and "l1,ssim=0.5" in found[0] and found[0][-4:] == ["--hidden-size", "32",

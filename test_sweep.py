@@ -1,4 +1,5 @@
 """Runs of a comparison: baselines, times, and training that ends with whoever started it."""
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 import mixes
 import sweep
-from conftest import HERE, write_images
+from conftest import HERE, at_work, write_images
 from harness import checkpoint
 
 
@@ -63,6 +64,36 @@ def test_a_command_that_never_trained_locks_nothing(tmp_path):
         sweep.check(tmp_path, two)
 
 
+def test_a_command_that_is_refused_leaves_known_what_was_trained(tmp_path, monkeypatch):
+    write_images(tmp_path, 40)
+    monkeypatch.chdir(tmp_path)
+    run = Path("models/comparison/mse-seed0")
+    flags = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--batch-size", "8", "--device",
+             "cpu", "--num-epochs", "1")
+    one, two = (mixes.command_of({"mse": 1.}, 0, [*flags, "--k", k], []) for k in ("16", "32"))
+    sweep.train(run, one, 1)
+    (run / "results.json").unlink()  # as in its last epoch
+    contents = checkpoint.load(run / "last.pt", "vqvae")
+    checkpoint.save(run / "last.pt", "vqvae", contents | {"counters": contents["counters"] | {"step": 0}})
+    sweep.check(run, two)
+    with at_work(run), pytest.raises(ValueError, match="in use"):
+        sweep.train(run, two, 1)
+    checkpoint.save(run / "last.pt", "vqvae", contents)
+    sweep.check(run, one)
+    with pytest.raises(ValueError, match="other flags"):
+        sweep.check(run, two)
+
+
+def test_runs_have_the_same_names_in_a_job_of_slurm(tmp_path, monkeypatch):
+    write_images(tmp_path, 40)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    run = Path("models/comparison/mse-seed0")
+    sweep.train(run, mixes.command_of({"mse": 1.}, 0, ["--data-folder", "images", "--hidden-size", "4", "--k", "8",
+                                                       "--device", "cpu", "--num-epochs", "1"], []), 1)
+    assert (run / "results.json").exists()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells a child that its parent is gone")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_training_ends_with_the_comparison_that_started_it(tmp_path, number):
@@ -83,6 +114,37 @@ def test_training_ends_with_the_comparison_that_started_it(tmp_path, number):
     assert status == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
     left = checkpoint.load(run / "last.pt", "vqvae")["counters"]
     assert left["epoch"] < 100000 and (left["step"] >= 4 or number == signal.SIGKILL)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells a child that its parent is gone")
+def test_measuring_ends_with_the_comparison_that_started_it():
+    code = """if True:
+        import os, time
+        from concurrent.futures import ProcessPoolExecutor
+        from unittest import mock
+        import compare
+        import sweep
+
+        def measure(pool, jobs, *_):
+            for process in [pool.submit(os.getpid) for _ in range(jobs)]:
+                process.result()
+            print(*pool._processes, flush=True)
+            time.sleep(600)
+
+        if __name__ == "__main__":
+            with mock.patch.object(compare, "in_turn", measure), \\
+                    mock.patch.object(compare.checkpoint, "digest", lambda _: ""):
+                compare.measure_runs({("a", 0): compare.Path("a")}, None, {}, {"split": "valid"}, 2, 1)"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True, stdout=subprocess.PIPE)
+    measuring = [int(number) for number in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    assert measuring
+    try:
+        wait_for(lambda: not any(alive(child) for child in measuring))
+    finally:
+        for child in filter(alive, measuring):
+            os.kill(child, signal.SIGKILL)
 
 
 def wait_for(condition, seconds=60):

@@ -67,7 +67,7 @@ def main():
                             lambda window, action: (network(window, action), window[:, -1]))
 
         values = measure(model, valid, first, autocast)
-        improved = run.improved(values["nats_per_latent"], larger_is_better=False)
+        improved = run.improved(values, "nats_per_latent", larger_is_better=False)
         run.log({f"valid/{name}": value for name, value in values.items()})
         run.print_epoch(values, improved)
 

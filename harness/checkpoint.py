@@ -5,7 +5,9 @@ import io
 import json
 import os
 import pickle
+import struct
 import zipfile
+import zlib
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -15,11 +17,10 @@ import torch
 from harness import distributed
 
 FORMAT = 1
-saved = []  # paths of the checkpoints that this process took part in, for what is said when it fails
-
-
-_UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, zipfile.BadZipFile, ValueError,
-               AttributeError, TypeError, NotImplementedError)
+saved = []  # paths of a run's checkpoints that are written for sure, for what is said when this process fails
+FOLDER = 0x10  # the bit of a zip entry's attributes that makes it one
+_UNREADABLE = (OSError, zlib.error, struct.error, RuntimeError, pickle.UnpicklingError, EOFError, KeyError,
+               zipfile.BadZipFile, ValueError, AttributeError, TypeError, NotImplementedError)
 
 
 def write_atomic(path, data):
@@ -59,7 +60,6 @@ def save(path, kind, contents):
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, **contents}, buffer)
     write_atomic(path, buffer.getbuffer())
-    saved.append(Path(path))
 
 
 def resolve(path):
@@ -75,34 +75,51 @@ def resolve(path):
     return file
 
 
-def load(path, kind):
+def load(path, kind, facts=None):
     """Load a checkpoint of `kind` to the CPU, executing nothing that is in it; `path` is as `resolve` takes it.
 
+    Args:
+        facts: {name: type, or a dict of such} of what the caller reads.
     Returns:
         what `save` was given, and its "path".
     Raises:
-        FileNotFoundError: there is none. ValueError: it is damaged, newer than this program, or not of this kind.
+        FileNotFoundError: there is none. ValueError: it is damaged, newer than this program, not of this kind, or lacks
+            some of the facts.
     """
     path = resolve(path)
-    try:
-        contents = _read(path)
-    except _UNREADABLE as error:
-        raise ValueError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): use another, such as the "
-                         "best.pt or last.pt beside it") from error
+    with open(path, "rb") as file:
+        try:
+            contents = _read(file)
+        except _UNREADABLE as error:
+            raise ValueError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): use another, such as "
+                             "the best.pt or last.pt beside it") from error
     if not isinstance(contents, dict) or contents.get("kind") != kind:
         held = contents.get("kind") if isinstance(contents, dict) else None
         raise ValueError(f"{path} is a checkpoint of {f'a {held}' if held else 'something else'}, not of a {kind}")
     if not isinstance(contents.get("format"), int) or contents["format"] > FORMAT:
         raise ValueError(f"{path} has format {contents.get('format')}, this program reads up to {FORMAT}: use the "
                          "version that wrote it, or a newer one")
+    with complete(path):
+        _check(contents, facts or {})
     return contents | {"path": str(path)}
 
 
-def _read(path):
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip():  # its checksums, which torch.load leaves alone
+def _check(contents, facts):
+    """KeyError or TypeError where contents lack some of the facts."""
+    for name, kind in facts.items():
+        if isinstance(kind, dict):
+            _check(contents[name], kind)
+        elif not isinstance(contents[name], kind):
+            raise TypeError(f"its {name} is a {type(contents[name]).__name__}")
+
+
+def _read(file):
+    with zipfile.ZipFile(file) as archive:
+        # Checksums, which torch.load leaves alone; and of what is marked as a folder it would read nothing.
+        if archive.testzip() or any(entry.external_attr & FOLDER for entry in archive.infolist()):
             raise zipfile.BadZipFile
-    return torch.load(path, map_location="cpu", weights_only=True)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @contextmanager
@@ -118,8 +135,9 @@ def complete(path):
 def kind_of(path):
     """Kind of the checkpoint at a path; None where there is none that can be read."""
     try:
-        contents = _read(path)
-    except (OSError, *_UNREADABLE):
+        with open(path, "rb") as file:
+            contents = _read(file)
+    except _UNREADABLE:
         return None
     return contents.get("kind") if isinstance(contents, dict) else None
 
@@ -144,12 +162,15 @@ def save_json(path, values):
     write_atomic(path, (json.dumps(values, indent=2, default=str) + "\n").encode())
 
 
-def load_json(path):
-    """Read a JSON file. ValueError where it is damaged."""
+def load_json(path, kind=dict):
+    """Read a JSON file that holds a `kind`. ValueError where it is damaged or holds anything else."""
     try:
-        return json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text())
+        if not isinstance(values, kind):
+            raise ValueError(f"it holds a {type(values).__name__}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it or run again") from error
+    return values
 
 
 def random_state():

@@ -16,6 +16,9 @@ from harness import checkpoint, distributed
 
 # --- flags
 
+LARGEST = torch.finfo(torch.float32).max
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and shows the default of every flag that has one."""
 
@@ -50,19 +53,12 @@ def path(text):
 
 
 def whole(text, low=0):
-    if not text.isdecimal() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, got {text}")
+    if not text.isdecimal() or not low <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low} and below 2^63, got {text}")
     return int(text)
 
 
 positive_int = partial(whole, low=1)
-
-
-def seed(text):
-    value = whole(text)
-    if value >= 2 ** 63:
-        raise argparse.ArgumentTypeError(f"must be below 2^63, got {text}")
-    return value
 
 
 def not_negative(text, low=0., strict=False):
@@ -70,9 +66,9 @@ def not_negative(text, low=0., strict=False):
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or value < low or (strict and value == low):
-        raise argparse.ArgumentTypeError(f"must be a finite number {'above' if strict else 'of at least'} {low:g}, "
-                                         f"got {text}")
+    if not low <= value <= LARGEST or (strict and value == low):
+        raise argparse.ArgumentTypeError(f"must be a finite number {'above' if strict else 'of at least'} {low:g}, at "
+                                         f"most {LARGEST:.2g}, got {text}")
     return value
 
 
@@ -113,7 +109,8 @@ def add_arguments(parser, output_folder, lr):
     group.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
     group.add_argument("--warmup-steps", type=steps_or_share, default=0, metavar="N", help="of linear rise of the "
                        "learning rate; below 1, a share of the training (default %(default)s)")
-    group.add_argument("--seed", type=seed, default=0, help="of initial weights, order and flips (default %(default)s)")
+    group.add_argument("--seed", type=whole, default=0, help="of initial weights, order and flips "
+                       "(default %(default)s)")
 
     group = parser.add_argument_group("run")
     group.add_argument("--output-folder", type=run_name, default=output_folder,
@@ -136,12 +133,14 @@ def run(main):
     try:
         distributed.start()
         main()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         if distributed.is_failure(error):
             last = f"{checkpoint.saved[-1]} is good, go on with --resume" if checkpoint.saved else "start again"
             text = f"process {distributed.rank()} lost the others ({str(error).strip().splitlines()[0]}): {last}"
-        elif isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        elif _is_lack_of_memory(error):
+            text = f"there is too little memory for this ({text}): ask for less, say a smaller model, batch or image"
+        elif isinstance(error, RuntimeError):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)
@@ -149,6 +148,12 @@ def run(main):
         sys.exit(130)
     finally:
         distributed.stop()
+
+
+def _is_lack_of_memory(error):
+    """Whether an error says that the GPU or the machine has no room for a tensor, or that no machine has."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed"))
 
 
 # --- device, precision
@@ -184,7 +189,7 @@ def pick_device(name):
         if device.type == "meta":
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} is not available here ({str(error).splitlines()[0]}): "
                          "use --device auto or cpu") from error
     if device.type == "cuda":

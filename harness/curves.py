@@ -49,7 +49,7 @@ class Curves:
         """Add the flags of a run and what came of it, {tag: number}, in a file of their own as TensorBoard wants."""
         plain = {name: value if isinstance(value, (int, float, str, bool)) else str(value)
                  for name, value in flags.items()}
-        apart = Curves(self.folder / HPARAMS)
+        apart = Curves(self.folder / HPARAMS, purge_step=0)  # a run has one such point, that of its last end
         for part in summary.hparams(plain, figures):
             apart._write(event_pb2.Event(summary=part), step)
         apart.scalars(figures, step)

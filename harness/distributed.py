@@ -5,6 +5,7 @@ Processes are started by torchrun; the files of a run lie on a disk that all of 
 import os
 import sys
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -150,6 +151,11 @@ class _SyncBatchNorm2d(nn.BatchNorm2d):
             return (centered * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
+# Whether a forward pass copies rank 0's buffers, by the name that this PyTorch knows: newer ones warn of the older.
+_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+            else "broadcast_buffers")
+
+
 def wrap(model, device):
     """The model whose forward and backward go over all processes: mean gradients, shared batch statistics.
 
@@ -160,4 +166,4 @@ def wrap(model, device):
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = _SyncBatchNorm2d
-    return DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None, **{_BUFFERS: False})

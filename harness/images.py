@@ -1,5 +1,7 @@
 """Image files: finding and decoding them."""
 import os
+import signal
+import threading
 import warnings
 from collections import deque
 from contextlib import contextmanager
@@ -134,9 +136,22 @@ def stack(images):
 
 
 def _end_with(parent, _):
-    """End a loader's process that starts when its parent is dead already, and so would never notice."""
-    if os.getppid() != parent:
+    """Let a loader's process end when its parent does or says so, and never because a signal came to all at once.
+
+    The parent answers that signal: it saves, and needs the batches that are under way to get there.
+    """
+    if os.getppid() != parent:  # dead already: nobody would notice
         os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere nothing tells who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(parent,), daemon=True).start()
+
+
+def _end_when_told(parent):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def probe(path):

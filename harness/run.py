@@ -43,12 +43,16 @@ def check_folder(args, kind, reads=()):
     for path in filter(None, reads):
         if checkpoint.resolve(path).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder} holds {path}, which this run reads: give another --output-folder")
-    if (folder / "args.json").exists() and not (args.resume or args.overwrite):
+    last, best = folder / "last.pt", folder / "best.pt"
+    if any(file.exists() for file in (folder / "args.json", last, best)) and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
                          "another --output-folder")
-    held = checkpoint.kind_of(folder / "last.pt")
+    held = checkpoint.kind_of(last) or checkpoint.kind_of(best)
     if held not in (None, kind):
         raise ValueError(f"{folder} holds the run of a {held}, not of a {kind}: give another --output-folder")
+    if args.resume and best.exists() and not last.exists():
+        raise ValueError(f"{folder} holds a best.pt but no last.pt to go on from: pass --overwrite to replace the run, "
+                         "or give another --output-folder")
 
 
 class Run:
@@ -135,6 +139,7 @@ class Run:
             self.epoch, self.batch = self.epoch + 1, 0
             self.save("last.pt")
             self._stop_if_asked()
+        self._logged = self.step  # of the last report: taken back, as is all from here on, where the run goes on
 
     def batches(self, loader):
         """Batches of the current epoch still to do, with a progress bar on a terminal; stops on SIGINT and SIGTERM."""
@@ -282,13 +287,19 @@ class Run:
                     "world": distributed.world_size()}
         checkpoint.save(self.models / name, self.kind, {
             "args": {name: _plain(value) for name, value in vars(self.args).items()}, "counters": counters,
-            "best": self.best, "random": checkpoint.random_state(), **_saved(self.state | instead)})
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "best": self.best,
+            "random": checkpoint.random_state(), **_saved(self.state | instead)})
         distributed.barrier()
+        checkpoint.saved.append(self.models / name)  # rank 0 has written it, and so came to the barrier
 
-    def improved(self, value, larger_is_better, **instead):
-        """Keep a validation value if it is the best so far, and the state with it, as in `save`, in best.pt."""
-        if not math.isfinite(value):
-            raise ValueError(self._not_finite("the validation value", self.step))
+    def improved(self, values, monitored, larger_is_better, **instead):
+        """Keep the monitored one of validation values {name: number} if it is the best so far, and the state with it,
+        as in `save`, in best.pt. ValueError where any of them is not finite.
+        """
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise ValueError(self._not_finite("the validation", self.step, f": {', '.join(bad)}"))
+        value = values[monitored]
         better = self.best is None or (value > self.best if larger_is_better else value < self.best)
         if better:
             self.best = value

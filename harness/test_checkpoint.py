@@ -60,6 +60,26 @@ def test_missing_damaged_or_foreign_files(tmp_path, damage):
         checkpoint.load(path, "vqvae")
 
 
+def test_a_flipped_bit_in_the_list_of_contents_is_noticed_or_changes_nothing(tmp_path):
+    path, model = tmp_path / "a.pt", {name: torch.randn(5) for name in "ab"}
+    checkpoint.save(path, "vqvae", {"model": model})
+    data = path.read_bytes()
+    name = b"archive/data/0"  # of a tensor, last in its row of 46 bytes and a name
+    start, end = data.rindex(name) - 46, data.rindex(name) + len(name)
+    noticed = 0
+    for bit in range(8 * start, 8 * end):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = checkpoint.load(path, "vqvae")["model"]
+            assert all(torch.equal(found[name], value) for name, value in model.items()), bit
+        except ValueError as error:
+            assert "damaged" in str(error), bit
+            noticed += 1
+    assert noticed > 200
+
+
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     torch.save({"kind": "vqvae", "payload": Payload()}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="damaged or is no checkpoint"):

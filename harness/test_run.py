@@ -17,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import HERE, call, start, stop_after, write_images
-from harness import checkpoint, cli
+from harness import checkpoint, cli, distributed
 from harness.run import Run, lock
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size", "8",
@@ -78,6 +78,24 @@ def test_a_run_of_another_kind_is_not_replaced(folder):
         fails(call(folder, "pixelcnn_prior.py", "--model", "models/a", "--output-folder", "b", flag), "vqvae", "prior")
 
 
+def test_a_run_that_lost_a_file_is_still_one(folder):
+    assert run(folder, "--num-epochs", "1", "--output-folder", "a")[0] == 0
+    a, b = (folder / "models" / name for name in "ab")
+    shutil.copytree(a, b)
+    best = (b / "best.pt").read_bytes()
+    prior = ("pixelcnn_prior.py", "--model", "models/a", "--output-folder", "b", "--overwrite", "--device", "cpu")
+    (b / "last.pt").write_bytes(b"damaged")
+    fails(call(folder, *prior), "holds the run of a vqvae")
+    (b / "args.json").unlink()
+    fails(run(folder, "--output-folder", "b"), "already holds a run")
+    (b / "last.pt").unlink()
+    fails(call(folder, *prior), "holds the run of a vqvae")
+    fails(run(folder, "--output-folder", "b"), "already holds a run")
+    fails(run(folder, "--output-folder", "b", "--resume"), "no last.pt to go on from")
+    assert (b / "best.pt").read_bytes() == best
+    assert run(folder, "--num-epochs", "1", "--output-folder", "b", "--overwrite")[0] == 0
+
+
 def test_a_folder_in_use_is_refused_and_a_dead_owner_noticed(folder):
     process = start(folder, "vqvae.py", *SMALL, "--num-epochs", "500")
     for line in process.stdout:
@@ -104,18 +122,27 @@ def test_what_a_killed_write_left_is_removed(folder):
 
 # --- what is not finite
 
-def test_a_validation_that_is_not_finite_leaves_the_last_good_state(folder):
+@pytest.mark.parametrize("name", ["loss", "psnr"])  # what is monitored, and what is not
+def test_a_validation_that_is_not_finite_leaves_the_last_good_state(folder, name):
     assert run(folder, "--num-epochs", "1")[0] == 0
     before = {name: (folder / "models" / "vqvae" / name).read_bytes() for name in ("last.pt", "best.pt")}
     code = ("import sys, torch, vqvae, experiment; from harness import cli\n"
             "real = experiment.measure\n"
-            "def broken(*a, **k):\n    v, f = real(*a, **k)\n    return v, f | {'loss': float('nan')}\n"
+            f"def broken(*a, **k):\n    v, f = real(*a, **k)\n    return v, f | {{'{name}': float('nan')}}\n"
             "experiment.measure = broken\nsys.argv[0] = 'vqvae.py'\ncli.run(vqvae.main)")
     done = subprocess.run([sys.executable, "-c", code, *SMALL, "--num-epochs", "3", "--resume"], cwd=folder, text=True,
                           capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE)})
-    fails((done.returncode, done.stdout, done.stderr), "not finite at step 8", "--resume", "--lr", "--precision fp32")
+    fails((done.returncode, done.stdout, done.stderr), "not finite at step 8", name, "--resume", "--lr",
+          "--precision fp32")
     assert before == {name: (folder / "models" / "vqvae" / name).read_bytes() for name in before}
     assert run(folder, "--num-epochs", "3", "--resume", "--lr", "1e-5", "--precision", "bf16")[0] == 0
+
+
+def test_a_diverged_model_is_never_the_best_and_a_lower_rate_goes_on(folder):
+    flags = (*SMALL, "--batch-size", "20", "--disc-hidden-size", "4", "--num-epochs", "1")  # one step, then validation
+    fails(call(folder, "vqgan.py", *flags, "--lr", "1e10"), "not finite", "--resume", "--lr")
+    assert not (folder / "models" / "vqgan" / "best.pt").exists()
+    assert call(folder, "vqgan.py", *flags, "--lr", "1e-5", "--resume")[0] == 0
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(folder):
@@ -148,6 +175,15 @@ def test_a_killed_and_resumed_run_shows_the_curves_of_one_that_was_not(folder):
     whole, cut = curves(folder, "whole"), curves(folder, "cut")
     assert whole == cut and [step for step, _ in whole["valid/psnr"]] == [3, 7, 11, 15]
     assert [step for step, _ in whole["loss/train/reconstruction"]] == list(range(0, 16, 2))
+
+
+def test_a_finished_run_that_goes_on_shows_its_report_once(folder):
+    for epochs in (1, 1, 2):
+        assert run(folder, "--num-epochs", epochs, "--output-folder", "parts", "--resume")[0] == 0
+    assert run(folder, "--num-epochs", "2", "--output-folder", "whole")[0] == 0
+    assert curves(folder, "parts") == curves(folder, "whole")
+    assert curves(folder, "parts/hparams") == curves(folder, "whole/hparams") != {}
+    assert [step for step, _ in curves(folder, "parts")["loss/test/reconstruction"]] == [8]
 
 
 def test_a_new_run_leaves_the_curves_of_runs_in_folders_below(folder):
@@ -275,6 +311,22 @@ def test_a_folder_that_cannot_be_written_is_one_line():
     fails((done.returncode, done.stdout, done.stderr), "models/vqvae", "Permission denied")
 
 
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells a process who sent a signal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_run_that_streams_saves_it(folder, number):
+    code = ("import sys, datasets, vqvae; from harness import cli\ndatasets.IN_MEMORY_BYTES = 0\n"
+            "sys.argv[0] = 'vqvae.py'\ncli.run(vqvae.main)")
+    process = subprocess.Popen([sys.executable, "-c", code, *SMALL, "--num-epochs", "100000", "--num-workers", "2"],
+                               cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    while not process.stdout.readline().startswith("epoch 2/"):
+        pass
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)  # until every process has closed the pipe
+    assert process.returncode == 128 + number and err.startswith(f"stopped by {number.name} and saved"), err
+    assert checkpoint.load(folder / "models" / "vqvae" / "last.pt", "vqvae")["counters"]["epoch"] >= 2
+
+
 def test_ctrl_c_before_training_is_silent(capsys):
     def main():
         raise KeyboardInterrupt
@@ -351,6 +403,23 @@ def test_weights_that_are_not_finite_are_refused(folder, trained):
     change(trained, model=model)
     for script, *flags in (("evaluate.py", "--no-features"), ("pixelcnn_prior.py",)):
         fails(call(folder, script, "--model", "models/vqvae", *flags), "not finite", "best.pt")
+
+
+def test_a_checkpoint_is_good_once_all_processes_say_so(folder, monkeypatch):
+    # The process that is to write it is gone: it came to the barriers of the data and of the folder, and to no more.
+    monkeypatch.setattr(checkpoint, "saved", [])
+    calls = iter([None, None])
+
+    def barrier():
+        if next(calls, "lost") == "lost":
+            raise RuntimeError("gloo: connection closed")
+    monkeypatch.setattr(distributed, "barrier", barrier)
+    with pytest.raises(RuntimeError, match="connection closed"):
+        run(folder, "--num-epochs", "1")
+    assert (folder / "models" / "vqvae" / "last.pt").exists() and not checkpoint.saved
+    monkeypatch.undo()
+    assert run(folder, "--num-epochs", "1", "--overwrite")[0] == 0
+    assert Path("models/vqvae/last.pt") in checkpoint.saved
 
 
 # --- the command line

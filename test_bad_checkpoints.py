@@ -1,0 +1,78 @@
+"""Checkpoints and files of runs that lack what a script reads of them: one line that names the file, no traceback.
+
+As test_bad_input.py, and in its folder.
+"""
+import pytest
+import torch
+
+from conftest import call
+from test_bad_input import AGREE, EVALUATE, PRIOR, RECONSTRUCT, SMALL, check, folder, trained  # noqa: F401 (fixtures)
+
+BEST = "models/a/best.pt"
+STACKED, VIDEO = ((f"{name}.py", *SMALL[4:], "--model", "models/a") for name in ("stacked_vqvae", "video_prior"))
+READERS = {"evaluate": (*EVALUATE, "models/a"), "prior": PRIOR, "stacked": STACKED, "video": VIDEO,
+           "agreement": (*AGREE, "models/a")}
+MISSING = object()
+
+
+def change(where, keys, value, file=BEST):
+    """Give a checkpoint another entry under "outer.inner", or take it out."""
+    contents = torch.load(where / file, weights_only=True)
+    *outer, last = keys.split(".")
+    inner = contents
+    for name in outer:
+        inner = inner[name]
+    if value is MISSING:
+        del inner[last]
+    else:
+        inner[last] = value
+    torch.save(contents, where / file)
+
+
+@pytest.mark.parametrize("keys, value", [
+    ("data", MISSING), ("data", None), ("data", [1]), ("data.name", MISSING), ("data.channels", MISSING),
+    ("data.channels", "3"), ("data.size", MISSING), ("data.size", None), ("data.classes", MISSING), ("args", MISSING),
+    ("args.skip_broken", MISSING), ("args.data_folder", MISSING), ("args.data_folder", 7)])
+def test_a_checkpoint_that_lacks_a_fact(folder, keys, value):  # noqa: F811
+    change(folder, keys, value)
+    for command in READERS.values():
+        check(folder, command, f"{BEST} does not hold all that it should")
+    if keys in ("data", "data.channels"):
+        check(folder, (*RECONSTRUCT, "images/7.png"), f"{BEST} does not hold all that it should")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "prior", "stacked", "video"])
+def test_a_checkpoint_of_an_unknown_data_set(folder, name):  # noqa: F811
+    change(folder, "data.name", "sunsets")
+    check(folder, READERS[name], "the data set 'sunsets' is not known")
+
+
+@pytest.fixture
+def prior(folder):  # noqa: F811
+    """The folder, with a prior in models/prior."""
+    code, _, err = call(folder, *PRIOR, "--num-layers", 1, "--hidden-size-prior", 4, "--num-epochs", 1)
+    assert code == 0, err
+    return folder
+
+
+@pytest.mark.parametrize("value", [MISSING, None, {"path": "models/a"}])
+def test_a_prior_that_does_not_say_of_which_codes(prior, value):
+    change(prior, "vqvae", value, "models/prior/best.pt")
+    check(prior, (*PRIOR, "--sample", "1"), "models/prior/best.pt does not hold all that it should")
+    change(prior, "data.classes", ["cat"])
+    check(prior, (*AGREE, "models/prior"), "models/prior/best.pt does not hold all that it should")
+
+
+def test_more_samples_than_any_memory(prior):
+    check(prior, (*PRIOR, "--sample", "100000000000000"), "too little memory")
+
+
+@pytest.mark.parametrize("keys", ["key", "splits", "splits.train"])
+def test_latents_that_lack_an_entry(prior, keys):
+    change(prior, keys, MISSING, "models/prior/latents.pt")
+    check(prior, (*PRIOR, "--overwrite"), "models/prior/latents.pt is damaged: delete it")
+
+
+def test_results_that_are_a_list(folder):  # noqa: F811
+    (folder / "models" / "a" / "results.json").write_text("[1]")
+    check(folder, READERS["evaluate"], "models/a/results.json is damaged (it holds a list)")
