@@ -207,7 +207,7 @@ def tables_of(sweep, figures, judged, note, of_report):
                            "baseline's at equal quality, less is better; bits as an ideal entropy coder of single "
                            f"latents makes them. {paired}")
     if len(sweep.mixes) > 2:
-        keys = (*judged, *accuracies(figures), "psnr", "ssim")
+        keys = (*judged, *accuracies(figures, ("accuracy/",)), "psnr", "ssim")
         tables["ranks"] = (report.rank_correlations({key: [sweep.mean(figures, name, key) for name in sweep.mixes]
                                                      for key in keys}), "Spearman's rank correlation over all mixes.")
     return tables | {"matrix": (loss_by_metric(sweep, figures), "Loss by metric: value over that of the baseline. A "
@@ -221,8 +221,8 @@ def summarise(sweep, figures, judged):
                               for key in columns} for name in sweep.mixes]
 
 
-def accuracies(figures):
-    return [key for key in next(iter(figures.values())) if key.startswith(("accuracy/", "original_accuracy/"))]
+def accuracies(figures, of=("accuracy/", "original_accuracy/")):
+    return [key for key in next(iter(figures.values())) if key.startswith(of)]
 
 
 def mark(figures, name, key):

@@ -10,13 +10,13 @@
 set -eu
 unset SLURM_JOB_ID # it would be added to the names of runs, which later commands and a later job look for
 PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-l1=20} MIX=${MIX:-recommended}
-QUESTIONS="baselines lasts claim width rates quantizers instead photographs prior"
+QUESTIONS="baselines lasts claim frontier width rates quantizers instead photographs prior"
 
 case ${1:-} in
 --quick)
     DATA="--dataset photos --image-size 32 --limit 2048 --batch-size 64 --hidden-size 32"
     JUDGES="effnet-lite0" SEEDS=${SEEDS:-2} LENGTHS="1 2" SHORT=1 LONG=2 WIDTH=64 PHOTO_MIX=$MIX
-    MINUTES="0.1 0.2" CODES="64 256" QUESTIONS="baselines lasts claim width rates quantizers instead prior"
+    MINUTES="0.1 0.2" CODES="64 256" QUESTIONS="baselines lasts claim frontier width rates quantizers instead prior"
     PRIOR="--hidden-size-prior 16 --num-layers 4 --num-epochs 1" ;;
 -* | "")
     sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
@@ -53,6 +53,12 @@ claim() {
         compare "epochs-$epochs" --split test --baseline $BASELINE --losses $MIX --seeds $SEEDS $DATA \
             --num-epochs "$epochs"
     done
+}
+
+# What does more sharpness cost, and what does it bring?
+frontier() {
+    compare frontier --baseline $BASELINE --losses $MIX "$MIX,sharpen=0.6" "$MIX,root-ssim=0.8,sharpen=0.6" $DATA \
+        --num-epochs $SHORT
 }
 
 # Does it hold in a wider network?
