@@ -156,17 +156,16 @@ def test_processes_that_decode_end_with_one_that_is_killed(when):
         from harness import images
 
         def wait_for_the_end_of(parent):
-            print("starting", flush=True)
+            os.write(1, b"starting\\n")  # at once: several do
             while {when == "starting"} and os.getppid() == parent:
                 time.sleep(0.01)
 
         torch.set_num_threads(2)
         torch.set_num_threads = lambda _, parent=os.getpid(): wait_for_the_end_of(parent)  # a worker's first call
         images.MANY_FILES = 8
-        images.decode = lambda path, *_: print("at work", flush=True) or torch.zeros(256, 256, 3).byte().numpy()
+        images.decode = lambda path, *_: os.write(1, b"at work\\n") and torch.zeros(256, 256, 3).byte().numpy()
         images.ImageFiles([""] * 10 ** 6, (256, 256), 3).decode_all()"""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True)
-    while process.stdout.readline() != f"{when}\n":
-        pass
+    assert any(line == f"{when}\n" for line in process.stdout)
     process.kill()
     process.communicate(timeout=60)  # until every process has closed the pipe
