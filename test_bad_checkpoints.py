@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from conftest import call
-from test_bad_input import AGREE, EVALUATE, PRIOR, RECONSTRUCT, SMALL, check, folder, trained  # noqa: F401 (fixtures)
+from test_bad_input import EVALUATE, RECONSTRUCT, SMALL, check, folder, trained  # noqa: F401 (fixtures)
 
 BEST = "models/a/best.pt"
+PRIOR = ("pixelcnn_prior.py", *SMALL[4:], "--output-folder", "prior", "--model", "models/a/best.pt")
+AGREE = ("class_agreement.py", "--model", "models/a", "--prior")
 STACKED, VIDEO = ((f"{name}.py", *SMALL[4:], "--model", "models/a") for name in ("stacked_vqvae", "video_prior"))
 READERS = {"evaluate": (*EVALUATE, "models/a"), "prior": PRIOR, "stacked": STACKED, "video": VIDEO,
            "agreement": (*AGREE, "models/a")}
