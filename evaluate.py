@@ -9,6 +9,7 @@ import metrics
 from evaluation import measure, reported
 from features import FEATURES, OWN_JUDGE, Judge, open_network, trained_through
 from harness import checkpoint, cli, report
+from harness.run import holds_run
 from modules import VectorQuantizedVAE
 
 PICTURES = 12
@@ -36,7 +37,7 @@ def parse_args():
 def main():
     args = parse_args()
     folder = Path(args.output)
-    if any((folder / name).exists() for name in ("args.json", "last.pt", "best.pt")):
+    if holds_run(folder):
         raise ValueError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
     device = cli.pick_device(args.device)
     checkpoints = {path: checkpoint.load(path, "vqvae", datasets.FACTS)

@@ -33,6 +33,11 @@ def run_folder(parent, args):
     return Path(parent) / (args.output_folder + (f"-{job}" if job else ""))
 
 
+def holds_run(folder):
+    """Whether a folder is a run's, even of one that has lost some of its files."""
+    return any((folder / name).exists() for name in ("args.json", "last.pt", "best.pt"))
+
+
 def check_folder(args, kind, reads=()):
     """ValueError where a run of `kind` cannot go to the output folder: it is taken, or holds what the run `reads`.
 
@@ -44,7 +49,7 @@ def check_folder(args, kind, reads=()):
         if checkpoint.resolve(path).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder} holds {path}, which this run reads: give another --output-folder")
     last, best = folder / "last.pt", folder / "best.pt"
-    if any(file.exists() for file in (folder / "args.json", last, best)) and not (args.resume or args.overwrite):
+    if holds_run(folder) and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
                          "another --output-folder")
     held = checkpoint.kind_of(last) or checkpoint.kind_of(best)
