@@ -10,8 +10,8 @@ from harness.checkpoint import write_atomic
 
 FRAMES = {"train": 32000, "valid": 1000, "test": 1000}
 SIZE, SKIP = 84, 4  # pixels a side; emulator frames between two that are kept
-HELD = (3, 8)  # least and most frames for which a random action is kept up, so that one sees what it does
-VERSION = 3  # of what the cache holds: a file of another is rendered anew
+HELD = (3, 40)  # least and most frames of a random action, log-uniform: one sees what it does, up to the ropes
+VERSION = 4  # of what the cache holds: a file of another is rendered anew
 ACTIONS = ["noop", "fire", "up", "right", "left", "down", "upright", "upleft", "downright", "downleft", "upfire",
            "rightfire", "leftfire", "downfire", "uprightfire", "upleftfire", "downrightfire", "downleftfire"]
 MARK = f"boxing-{SIZE}.npz"
@@ -73,7 +73,8 @@ def render(count, seed):
         if len(frames) == count:
             return np.stack(frames), np.array(clips, dtype=np.int64)
         if not held:
-            action, held = int(policy.integers(len(ACTIONS))), int(policy.integers(HELD[0], HELD[1] + 1))
+            action = int(policy.integers(len(ACTIONS)))
+            held = int(HELD[0] * ((HELD[1] + 1) / HELD[0]) ** policy.random())
         for _ in range(SKIP):
             ale.act(ale.getLegalActionSet()[action])
         number, held = number + 1, held - 1

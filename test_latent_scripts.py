@@ -81,6 +81,22 @@ def test_images_go_without_codes_whatever_the_shares_of_the_processes(monkeypatc
     assert whole == first + second and set(whole) == {True, False} and after == after_first
 
 
+def test_frames_before_are_disturbed_whatever_the_shares_of_the_processes(monkeypatch):
+    window = torch.randint(50, (5, 3, 4, 6))
+
+    def disturb(part, offset, most=1.):
+        monkeypatch.setattr(distributed, "count_of", lambda rows: (5, offset))
+        torch.manual_seed(0)
+        return video_prior.disturb(part, most)
+    whole = disturb(window, 0)
+    assert torch.equal(whole, torch.cat([disturb(window[:3], 0), disturb(window[3:], 3)]))
+    assert torch.equal(whole[:, -1], window[:, -1]) and torch.equal(disturb(window, 0, 0.), window)
+    changed = (whole != window)[:, :-1].flatten(1).float().mean(1)
+    assert 0.1 < changed.mean() < 0.9 and changed.std() > 0
+    assert all(set(new.unique().tolist()) <= set(old.unique().tolist())
+               for new, old in zip(whole.flatten(0, 1), window.flatten(0, 1)))
+
+
 def test_the_stacked_model_draws(folder):
     code, out, err = train(folder, "stacked_vqvae.py", "--num-epochs", "1", "--output-folder", "draws")
     assert code == 0, err

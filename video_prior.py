@@ -9,6 +9,7 @@ import datasets
 import latents
 from datasets import SPLITS
 from harness import checkpoint, cli, distributed, report
+from harness.batches import send
 from harness.run import run_folder
 from latent_models import VideoPrior
 
@@ -25,6 +26,8 @@ def parse_args():
                        help="frames that the next one depends on (default %(default)s)")
     group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
     group.add_argument("--num-layers", type=cli.positive_int, default=4, help="(default %(default)s)")
+    group.add_argument("--noise", type=cli.share, default=0.1, metavar="SHARE", help="of the codes before, at most, "
+                       "that training replaces, so that errors of a rollout do not grow (default %(default)s)")
     cli.add_arguments(parser, output_folder="video", lr=1e-3)
     group = parser.add_argument_group("generation")
     group.add_argument("--rollout", type=cli.positive_int, metavar="T",
@@ -62,9 +65,9 @@ def main():
     run, network = first.start("video", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
     for _ in run.epochs():
-        # Each code given those above and to its left, the frames before, and the action.
+        # Each code given those above and to its left, the frames before, as a rollout has them, and the action.
         latents.train_epoch(run, network, optimizer, train, autocast,
-                            lambda window, action: (network(window, action), window[:, -1]))
+                            lambda window, action: (network(disturb(window, args.noise), action), window[:, -1]))
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)
@@ -99,6 +102,20 @@ def cut(frames, rows, context, split):
     """Windows (M, context + 1, h, w) of frames (N, h, w) of one clip, and the action (M,) that led to their last."""
     first = starts_of_windows(rows, context + 1, split)
     return frames[first[:, None] + torch.arange(context + 1)], rows[first + context, 3]
+
+
+def disturb(window, most):
+    """A window (B, context + 1, h, w), a share of the codes of all frames but its last replaced by others of theirs.
+
+    The share is drawn for each window, up to `most`; what is drawn is the same whatever the processes.
+    """
+    count, offset = distributed.count_of(window)
+    frames = window[:, :-1]
+    draws = distributed.of_rank_0(torch.rand(count, 1 + frames[0].numel()))[offset:offset + len(window)]
+    hit = (draws[:, 1:] < most * draws[:, :1]).view(frames.shape)
+    places = distributed.of_rank_0(torch.randperm(frames[0, 0].numel()))
+    elsewhere = frames.flatten(2)[:, :, send(places, window.device)].view(frames.shape)
+    return torch.cat([torch.where(send(hit, window.device), elsewhere, frames), window[:, -1:]], 1)
 
 
 def measure(model, batches, first, autocast):
