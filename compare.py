@@ -85,7 +85,7 @@ def main():
         raise ValueError("--vqgan-flags are for mixes with vqgan, and none has it: add it to one, or leave them out")
     folder = Path("models") / args.output
     runs = {(name, seed): folder / f"{name}-seed{seed}" for seed in sweep.seeds for name in sweep.mixes}
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = max(1, torch.get_num_threads() // args.jobs)  # all cores, or as many as OMP_NUM_THREADS says
     commands = {key: mixes.command_of(sweep.mixes[key[0]], key[1], flags, args.vqgan_flags) for key in runs}
     for key, run in runs.items():  # all of them, before the first is trained
         check(run, commands[key])

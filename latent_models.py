@@ -8,7 +8,7 @@ from quantizers import QUANTIZERS
 
 CODES, CODE_DIM = 512, 16  # of each codebook of the second stage: its size, and the width of a code
 SMALLEST = 4  # sides of a grid that the second encoder halves no further
-RESTART_BELOW = 0.02  # share of uniform usage at which a code of the second stage restarts
+RESTART_BELOW = 0.2  # share of uniform usage at which a code of the second stage restarts
 PRIOR_DIM, PRIOR_LAYERS = 64, 3  # of the prior over the few codes
 
 
