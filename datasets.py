@@ -165,6 +165,7 @@ class Data:
 def fingerprint(name, source):
     """What a data set's images depend on, as text: changes when a file in its folder does."""
     description = [name, str(source.image_size), str(source.skip_broken)]
+    description += [f"version {DATASETS[name].version}"] if hasattr(DATASETS[name], "version") else []
     if Path(source.folder).is_dir() and name != BUILT_IN:  # a data set may make its images without one
         for path in find_files(source.folder)[0]:
             status = os.stat(path)
@@ -371,7 +372,7 @@ def _boxing(source):
     return splits, []
 
 
-_boxing.actions = boxing.ACTIONS
+_boxing.actions, _boxing.version = boxing.ACTIONS, boxing.VERSION
 
 
 DATASETS = {

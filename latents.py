@@ -87,14 +87,15 @@ class FirstStage:
         Raises:
             ValueError: the file is damaged, or is to be replaced while another process is at work in its folder.
         """
-        key = f"{checkpoint.digest(self.args.model)} {datasets.fingerprint(self.args.dataset, self.source)}"
-        key += " in order" * self.source.in_order
+        def key():
+            digest, images = checkpoint.digest(self.args.model), datasets.fingerprint(self.args.dataset, self.source)
+            return f"{digest} {images}" + " in order" * self.source.in_order
         if path.exists():
             try:
                 kept = checkpoint.load(path, "latents", {"key": str, "splits": dict.fromkeys(SPLITS, tuple)})
             except ValueError as error:
                 raise ValueError(f"{path} is damaged: delete it, and the images are encoded anew") from error
-            if kept["key"] == key:
+            if kept["key"] == key():
                 return kept["splits"]
         splits, images = {}, self.images()
         if not distributed.rank():
@@ -105,14 +106,15 @@ class FirstStage:
             batches.shuffle = False
             encoded = [(self.encode(x).to(torch.int32).cpu(), label.cpu()) for x, label in batches]
             splits[split] = tuple(map(torch.cat, zip(*encoded)))
-        checkpoint.save(path, "latents", {"key": key, "splits": splits})
+        checkpoint.save(path, "latents", {"key": key(), "splits": splits})  # opened, a data set may have been made anew
         return splits
 
     def images(self):
-        """The data set. ValueError where its classes are not those of the VQ-VAE."""
+        """The data set. ValueError where it has classes and they are not those of the VQ-VAE."""
         args = self.args
         data = datasets.load(args.dataset, self.source, ENCODE_BATCH, self.device, workers=args.num_workers)
-        check_classes(data, self.classes, args.data_folder)
+        if not self.source.in_order:  # whose classes are clips
+            check_classes(data, self.classes, args.data_folder)
         return data
 
     @torch.no_grad()

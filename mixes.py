@@ -119,7 +119,8 @@ def command_of(mix, seed, flags, vqgan_flags):
     weights = [part for name in named for part in (f"--{name}-weight", _text(terms.get(name, mix.get(name, 0.))))]
     more = [part for name in FLAGS if name in mix for part in (FLAGS[name][0], _text(mix[name]))]
     script, own = ("vqgan.py", vqgan_flags) if VQGAN in mix else ("vqvae.py", [])
-    return [script, "--recipe", mix.get(RECIPE, BASE), *flags, *own, *weights, *more, "--seed", str(seed)]
+    recipe = RECIPES[mix.get(RECIPE, BASE)].split()  # what it stands for today, so that a run of another day is told
+    return [script, *recipe, *flags, *own, *weights, *more, "--seed", str(seed)]
 
 
 @cache
@@ -136,7 +137,7 @@ def meaning(command):
     """
     script, *flags = command
     args, rest = _parser().parse_known_args(flags)
-    if args.recipe:
+    if args.recipe:  # a command of an earlier version
         args, rest = _parser().parse_known_args([*RECIPES[args.recipe].split(), *flags])
     if rest and script == "vqvae.py":
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")

@@ -42,6 +42,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if not args.without_codes:
+        raise ValueError("--without-codes 0 would leave open what the codes carry: pass a share above 0")
     device = cli.pick_device(args.device)
     first = latents.FirstStage(args, device)
     if args.sample:
@@ -55,7 +57,9 @@ def main():
     model.first.weight.data.copy_(embedded)
     model.to(device, memory_format=torch.channels_last)
     # Data fail here, before an old run is replaced.
-    train, valid, test = first.batches("stacked")
+    splits = first.cached("stacked")
+    splits |= {split: with_another(*splits[split], split) for split in ("valid", "test")}
+    train, valid, test = latents.split_latents(splits, args, device)
     if min(train.sizes()) == 1:
         raise ValueError("a batch of one image is too little for batch norm: pass a --batch-size and a --limit of 2 or "
                          "more, or add images")
@@ -99,8 +103,16 @@ def main():
     results = run.finish(values | psnr, tuple(values | psnr))
     print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in values | psnr]))
     print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
-          f"originals, reconstructions of the first stage and from {args.codes} codes, free samples: {picture}\n"
+          f"originals, reconstructions of the first stage and from {args.codes} codes, free samples: {picture} "
+          f"(PSNR is of these {SHOWN})\n"
           f"curves: tensorboard --logdir {run.logs}")
+
+
+def with_another(grids, labels, split):
+    """Each of the grids (N, h, w) of a split with the one half the split further on, (N, 2, h, w), and the labels."""
+    if len(grids) == 1:
+        raise ValueError(f"the {split} split has one image, and none whose codes to swap with its own: add images")
+    return torch.stack([grids, grids.roll(len(grids) // 2, 0)], 1), labels
 
 
 def left_out(grid, share):
@@ -114,12 +126,13 @@ def measure(model, batches, first, autocast):
     """Code length with the right codes, those of another image and none; what a code of the prior takes; usage."""
     used = [torch.zeros(CODES, dtype=torch.float64) for _ in range(model.n_codes)]
 
-    def logits_of(grid, _):
+    def logits_of(pair, _):
+        grid, other = pair.unbind(1)
         codes = model.codes(grid)
         for count, column in zip(used, codes.unbind(1)):
             count += torch.bincount(column.cpu(), minlength=CODES)
         z_q, without = model.embed(codes), torch.ones(len(grid), dtype=torch.bool, device=grid.device)
-        conditions = {"right": model.condition(z_q), "swapped": model.condition(z_q.roll(len(grid) // 2, 0)),
+        conditions = {"right": model.condition(z_q), "swapped": model.condition(model.embed(model.codes(other))),
                       "none": model.condition(z_q, without)}
         return {name: model.pixelcnn(grid, spatial=part) for name, part in conditions.items()}, grid
 

@@ -4,9 +4,10 @@
 #   ./study.sh --quick                 every question in small, on photographs that ship with scikit-image
 #   ./study.sh CIFAR [PHOTOGRAPHS]     every question, on folders of small images with classes and of photographs
 #
-# Everything is chosen on the validation split; `claim` alone looks at test. Environment: PYTHON, JOBS (runs at a time),
-# SEEDS, BASELINE and MIX (the loss to beat and the one that should, as compare.py takes them), VQGAN (that has the longer
-# time), ONLY (some of the questions, say ONLY="lasts rates").
+# Everything is chosen on the validation split; `claim` alone measures on test, and `prior`, by which nothing is chosen.
+# Environment: PYTHON, JOBS (runs at a time; where they have equal time, one, so that none has more of the machine),
+# SEEDS, BASELINE and MIX (the loss to beat and the one that should, as compare.py takes them), VQGAN (the one that has
+# the longer time), ONLY (some of the questions, say ONLY="lasts rates").
 set -eu
 unset SLURM_JOB_ID # it would be added to the names of runs, which later commands and a later job look for
 PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-l1=20} MIX=${MIX:-recommended}
@@ -20,7 +21,7 @@ case ${1:-} in
     MINUTES="0.1 0.2" CODES="64 256" QUESTIONS="baselines lasts claim frontier width rates quantizers instead prior"
     PRIOR="--hidden-size-prior 16 --num-layers 4 --num-epochs 1" ;;
 -* | "")
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2 ;;
 *)
     DATA="--data-folder $1 --hidden-size 64"
@@ -82,20 +83,22 @@ quantizers() {
 
 # What else would one use in the same time? The published training loop as it is; a VQGAN on the best baseline, at two
 # weights and two learning rates of its discriminator, and with a perceptual term; the mix, the last fifth of it under a
-# discriminator. The shorter time chooses the VQGAN that has the longer.
-instead() {
+# discriminator. VQGAN, the one that has the longer time as well, is what the shorter one chose.
+instead() (
     set -- $MINUTES
+    JOBS=1
     compare "minutes-$1" --baseline $BASELINE --losses $MIX ancestor "$BASELINE,vqgan" "$BASELINE,vqgan=0.1" \
         "$BASELINE,vqgan=0.1,disc-lr=5e-4" l1=5,vqgan=0.1,perceptual=5 "$MIX,vqgan=0.1,disc-start=0.8" $DATA \
         --minutes "$1"
     compare "minutes-$2" --baseline $BASELINE --losses $MIX $VQGAN $DATA --minutes "$2"
-}
+)
 
-# On photographs of 128x128? Watch the colours (saturation ratio).
-photographs() {
-    compare photographs --baseline $BASELINE --losses $PHOTO_MIX $MIX --seeds $SEEDS --data-folder "$PHOTOS" \
+# On photographs of 128x128? Watch the colours (saturation ratio). Whatever their classes, no judge learns them.
+photographs() (
+    JUDGES=effnet-lite0
+    compare photographs --baseline $BASELINE --losses mse $PHOTO_MIX $MIX --seeds $SEEDS --data-folder "$PHOTOS" \
         --image-size 128 --random-crop --hidden-size 64 --batch-size 16 --num-epochs 120
-}
+)
 
 # Does it help the prior? The same PixelCNN on the codes of both: nats, the distance and the classes of its samples.
 prior() {

@@ -201,6 +201,12 @@ def test_an_older_cache_of_boxing_is_rendered_anew(tmp_path, monkeypatch):
     assert int(np.load(tmp_path / boxing.MARK)["version"]) == boxing.VERSION
 
 
+def test_latents_of_an_older_boxing_are_told_from_those_of_today(monkeypatch):
+    old = datasets.fingerprint("boxing", Source())
+    monkeypatch.setattr(datasets.DATASETS["boxing"], "version", boxing.VERSION + 1)
+    assert datasets.fingerprint("boxing", Source()) != old
+
+
 def numbered(folder, clips, frames=3):
     for clip in range(clips):
         (folder / f"clip{clip}").mkdir(parents=True)

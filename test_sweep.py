@@ -64,6 +64,16 @@ def test_a_command_that_never_trained_locks_nothing(tmp_path):
         sweep.check(tmp_path, two)
 
 
+def test_a_run_of_a_recipe_that_has_changed_since_is_another(tmp_path, monkeypatch):
+    def command():
+        return mixes.command_of({"recipe": "recommended"}, 0, [], [])
+    checkpoint.save(tmp_path / "last.pt", "vqvae", {"counters": {"step": 1}, "command": command()})
+    sweep.check(tmp_path, command())
+    monkeypatch.setitem(mixes.RECIPES, "recommended", f"{mixes.RECIPES['recommended']} --batch-size 32")
+    with pytest.raises(ValueError, match="other flags"):
+        sweep.check(tmp_path, command())
+
+
 def test_a_command_that_is_refused_leaves_known_what_was_trained(tmp_path, monkeypatch):
     write_images(tmp_path, 40)
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import datasets
@@ -27,7 +28,8 @@ def parse_args():
     group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
     group.add_argument("--num-layers", type=cli.positive_int, default=4, help="(default %(default)s)")
     group.add_argument("--noise", type=cli.share, default=0.1, metavar="SHARE", help="of the codes before, at most, "
-                       "that training replaces, so that errors of a rollout do not grow (default %(default)s)")
+                       "that training draws anew from their frame, so that errors of a rollout do not grow (default "
+                       "%(default)s)")
     cli.add_arguments(parser, output_folder="video", lr=1e-3)
     group = parser.add_argument_group("generation")
     group.add_argument("--rollout", type=cli.positive_int, metavar="T",
@@ -36,7 +38,7 @@ def parse_args():
                        "right,right,left, or those recorded (default %(default)s)")
     group.add_argument("--starts", type=cli.positive_int, default=4, metavar="N",
                        help="places in the test split to start from (default %(default)s)")
-    group.add_argument("--fps", type=cli.positive_int, default=15, help="of the GIF (default %(default)s)")
+    group.add_argument("--fps", type=cli.positive_int, default=15, help="of the GIF, at most 50 (default %(default)s)")
     latents.add_drawing_arguments(group)
     return parser.parse_args()
 
@@ -83,24 +85,26 @@ def main():
           f"curves: tensorboard --logdir {run.logs}")
 
 
-def starts_of_windows(rows, length, split):
+def starts_of_windows(rows, length, split, flag):
     """Positions (M,) at which `length` frames of one clip follow one another, of rows (N, 4) in order.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none; a smaller `flag` may help.
     """
     clip, number = rows[:, 1], rows[:, 2]
+    follows = (clip[1:] == clip[:-1]) & (number[1:] == number[:-1] + 1)
+    row = F.pad((~follows).cumsum(0), (1, 0))  # (N,): the same for all that follow one another
     first = torch.arange(max(0, len(rows) - length + 1))
-    whole = (clip[first] == clip[first + length - 1]) & (number[first + length - 1] - number[first] == length - 1)
+    whole = row[first] == row[first + length - 1]
     if not whole.any():
-        raise ValueError(f"no clip of the {split} split has {length} frames in a row: pass a smaller --context or "
-                         "--rollout")
+        raise ValueError(f"no clip of the {split} split has {length} frames in a row, the longest row has "
+                         f"{row.bincount().max()}: pass a smaller {flag}, or number the frames of a clip without gaps")
     return first[whole]
 
 
 def cut(frames, rows, context, split):
     """Windows (M, context + 1, h, w) of frames (N, h, w) of one clip, and the action (M,) that led to their last."""
-    first = starts_of_windows(rows, context + 1, split)
+    first = starts_of_windows(rows, context + 1, split, "--context")
     return frames[first[:, None] + torch.arange(context + 1)], rows[first + context, 3]
 
 
@@ -150,11 +154,13 @@ def chosen_actions(text, names, recorded):
     """
     if text == RECORDED:
         return recorded
-    for name in text.split(","):
+    asked = [name.strip() for name in text.split(",")]
+    for name in asked:
         if name not in names:
-            raise ValueError(f"--action {name} is not known: " + (
-                f"recorded, {', '.join(names)} are" if names else "this data set has no actions, leave it out"))
-    chosen = [names.index(name) for name in text.split(",")][:recorded.shape[1]]
+            raise ValueError(f"--action {name!r} is not known: " + (
+                f"{', '.join(names)} are, and, alone, {RECORDED}" if names else
+                "this data set has no actions, leave it out"))
+    chosen = [names.index(name) for name in asked][:recorded.shape[1]]
     chosen += [chosen[-1]] * (recorded.shape[1] - len(chosen))
     return torch.tensor(chosen).expand(len(recorded), -1)
 
@@ -162,10 +168,10 @@ def chosen_actions(text, names, recorded):
 def roll_out(args, first, actions, device):
     """Go on from frames of the test split for --rollout frames: a GIF and a film strip, real above generated."""
     chosen_actions(args.action, actions, torch.zeros(1, args.rollout, dtype=torch.int64))  # a wrong name fails early
-    model, ckpt = first.trained("video", VideoPrior.rebuild)
-    folder, context = run_folder("models", args), ckpt["model_args"]["context"]
+    model, _ = first.trained("video", VideoPrior.rebuild)
+    folder, context = run_folder("models", args), model.context
     frames, rows = first.read_or_encode(folder / "latents.pt")["test"]
-    starts = starts_of_windows(rows, context + args.rollout, "test")
+    starts = starts_of_windows(rows, context + args.rollout, "test", "--rollout")
     starts = starts[torch.linspace(0, len(starts) - 1, min(args.starts, len(starts))).long()]
     window = (starts[:, None] + torch.arange(context + args.rollout))
     real = frames[window].long().to(device)
@@ -176,7 +182,7 @@ def roll_out(args, first, actions, device):
               for part in (real[:, context:], drawn)]
     name = folder / f"rollout-{args.action.replace(',', '-')[:60]}"
     torch.save({"real": _bytes(videos[0]), "generated": _bytes(videos[1]), "actions": chosen.cpu()}, f"{name}.pt")
-    print(f"above real, below generated: {save_gif(f'{name}.gif', videos, args.fps)}, "
+    print(f"above real frames as the VQ-VAE has them, below generated: {save_gif(f'{name}.gif', videos, args.fps)}, "
           f"{save_strip(f'{name}.png', videos)}\nframes as uint8 (N, T, C, H, W): {name}.pt")
 
 
@@ -188,7 +194,7 @@ def save_gif(path, videos, fps):
     """Save videos (N, T, C, H, W) in [0, 1], the first in a row above the second."""
     frames = [report.image_rows([video[:, t] for video in videos]) for t in range(videos[0].shape[1])]
     frames = [Image.fromarray(_bytes(frame).permute(1, 2, 0).numpy()) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=max(20, round(1000 / fps)), loop=0)
     return Path(path)
 
 
