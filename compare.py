@@ -111,6 +111,8 @@ def main():
     plot = draw_pareto(tables_folder / "pareto.png", sweep, figures)
     print(f"\n{text}picture (originals, then {', '.join(sweep.mixes)}; below, their middles enlarged): {picture}\n"
           f"plot: {plot}")
+    if len(sweep.rates) > 1:
+        print(f"curves: {draw_rates(tables_folder / 'rates.png', sweep, figures, judged)}")
 
 
 # --- measuring
@@ -311,6 +313,14 @@ def draw_pareto(path, sweep, figures):
                               ("psnr", "PSNR (dB)"),
                               [("gradient_ratio", "gradient ratio (1 is as sharp)", True),
                                ("frechet_distance", "Fréchet distance (lower is better)", False)], far)
+
+
+def draw_rates(path, sweep, figures, judged):
+    """Quality against bits per pixel, means over seeds, a curve a mix."""
+    def curves(key):
+        return {name: [sweep.mean(figures, at[rate], key) for rate in sweep.rates] for name, at in sweep.series.items()}
+    return report.draw_curves(path, curves("bits_per_pixel"), "bits per pixel",
+                              {key: curves(key) for key in ("psnr", "ssim", *judged)})
 
 
 def draw_picture(path, runs, split):

@@ -68,7 +68,7 @@ class FirstStage:
         self.source = _inherit(args, ckpt)
         self.source.in_order = in_order
 
-    def batches(self, kind, of_classes=False):
+    def batches(self, kind, of_classes):
         """Train, valid and test batches of latents for a run of `kind`, which fails here before an old one is replaced.
 
         of_classes: whether the model is told them, and so must have seen those of each split.

@@ -116,9 +116,8 @@ def with_another(grids, labels, split):
 
 
 def left_out(grid, share):
-    """Which (B,) of this process's grids go without codes: the same numbers are drawn whatever the processes."""
-    count, offset = distributed.count_of(grid)
-    return send(distributed.of_rank_0(torch.rand(count))[offset:offset + len(grid)] < share, grid.device)
+    """Which (B,) of this process's grids go without codes."""
+    return send(distributed.rand(grid) < share, grid.device)
 
 
 @torch.no_grad()

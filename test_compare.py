@@ -132,6 +132,7 @@ def test_rates_and_several_judges(tmp_path):
     judged = {"frechet_distance/effnet-lite0", "frechet_distance/classifier", "sliced_wasserstein/effnet-lite0"}
     assert judged | {"accuracy/classifier"} < set(table["table"][0])
     assert [row["loss"] for row in table["rates"]] == ["5mse,lr=0.001"]
+    assert Image.open(tmp_path / "models/sweep/rates.png").size == (5 * 450, 450) and "rates.png" in out
     assert all("one seed" in value or "none: " in value for name, value in table["rates"][0].items() if name != "loss")
     assert all(row[key] > 0 for row in table["runs"] for key in judged)
     assert all(row["frechet_distance"] == row["frechet_distance/effnet-lite0"] for row in table["runs"])

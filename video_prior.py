@@ -113,9 +113,8 @@ def disturb(window, most):
 
     The share is drawn for each window, up to `most`; what is drawn is the same whatever the processes.
     """
-    count, offset = distributed.count_of(window)
     frames = window[:, :-1]
-    draws = distributed.of_rank_0(torch.rand(count, 1 + frames[0].numel()))[offset:offset + len(window)]
+    draws = distributed.rand(window, 1 + frames[0].numel())
     hit = (draws[:, 1:] < most * draws[:, :1]).view(frames.shape)
     places = distributed.of_rank_0(torch.randperm(frames[0, 0].numel()))
     elsewhere = frames.flatten(2)[:, :, send(places, window.device)].view(frames.shape)

@@ -108,6 +108,12 @@ def count_of(rows):
     return sum(counts), sum(counts[:rank()])
 
 
+def rand(rows, *shape):
+    """Numbers (len(rows), *shape) in [0, 1) for this process's rows, the same for a batch whatever the processes."""
+    count, offset = count_of(rows)
+    return of_rank_0(torch.rand(count, *shape))[offset:offset + len(rows)]
+
+
 def take(rows, index, offset):
     """Rows (M, D) at `index` (M,) of `concatenate(rows)`, of which this process holds those from `offset` on."""
     if not dist.is_initialized():

@@ -115,6 +115,23 @@ def draw_fronts(path, points, horizontal, panels, left_out=()):
         axes.set(xlabel=horizontal[1] + (f"\nnot shown: {', '.join(left_out)}" if left_out else ""), ylabel=label)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return _save_figure(path, figure)
+
+
+def draw_curves(path, curves, label, panels):
+    """A panel for each of `panels`, {title: {name: [y...]}}: a line for each of `curves`, {name: [x...]}."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(4.5 * len(panels), 4.5), layout="constrained")
+    for axes, (title, of_curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for name, values in of_curves.items():
+            axes.plot(*zip(*sorted(zip(curves[name], values))), marker="o", label=name)
+        axes.set(xlabel=label, title=title)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    return _save_figure(path, figure)
+
+
+def _save_figure(path, figure):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     checkpoint.write_atomic(path, buffer.getvalue())
