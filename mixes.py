@@ -8,14 +8,14 @@ from losses import TERMS, ReconstructionLoss
 from recipes import RECIPES
 
 BASE = "mse"  # the recipe whose schedule every mix has that is no recipe itself
-VQGAN, RECIPE = "vqgan", "recipe"
+VQGAN, RECIPE, SHARPEN = "vqgan", "recipe", "sharpen"
 
 # What a mix may name beside loss terms, each of which stands for one flag: (flag, type, value where none is given).
 # Those with such a value read as part of the sum in a mix's name.
 FLAGS = {
     VQGAN: ("--disc-weight", cli.positive, experiment.DISC_WEIGHT),  # and for vqgan.py instead of vqvae.py
     "perceptual": ("--perceptual-weight", cli.positive, 1.),
-    "sharpen": ("--sharpen", cli.positive, 1.),
+    SHARPEN: ("--sharpen", cli.positive, 1.),
     "disc-start": ("--disc-start", cli.steps_or_share, None),
     "disc-lr": ("--disc-lr", cli.positive, None),
     "lr": ("--lr", cli.positive, None),
@@ -35,7 +35,7 @@ BASELINE_WEIGHTS, BASELINE_RATES = (1., 5., 20.), (1e-3, 2e-3, 4e-3)
 
 
 def parse_mix(text):
-    """"ssim", "mse=1,ssim=0.5,lr=1e-3", "l1=1,vqgan=0.1" or "recommended,k=64" -> {name: value}.
+    """"ssim", "mse=1,ssim=0.5,lr=1e-3", "l1=1,vqgan=0.1" or "recommended,chroma=0,k=64" -> {name: value}.
 
     Raises:
         ValueError: it is none of them, or names something twice.
@@ -52,6 +52,8 @@ def parse_mix(text):
         if name in mix:
             raise ValueError(f"{name} stands twice in {text!r}: give it once")
         flag, kind, usual = FLAGS.get(name, (None, cli.positive, 1.))
+        if RECIPE in mix and name in (*TERMS, SHARPEN):
+            kind = cli.not_negative  # 0 takes it out of the recipe
         try:
             mix[name] = usual if not value and usual else kind(value)
         except argparse.ArgumentTypeError as error:
@@ -59,8 +61,8 @@ def parse_mix(text):
     alone = set(OF_VQGAN) & set(mix) if VQGAN not in mix else ()
     if alone:
         raise ValueError(f"{', '.join(sorted(alone))} in {text!r} is for vqgan.py: add vqgan to the mix")
-    if RECIPE not in mix:  # what the loss refuses fails before anything is trained
-        ReconstructionLoss(terms_of(mix), sharpen=mix.get("sharpen", 0.))
+    flags = meaning(command_of(mix, 0, [], []))[1]  # what the loss refuses fails before anything is trained
+    ReconstructionLoss(experiment.weights_of(argparse.Namespace(**flags)), sharpen=flags[SHARPEN])
     return mix
 
 

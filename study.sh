@@ -1,7 +1,7 @@
 #!/bin/sh
 # The questions of RESULTS.md, each a command. Run it again after a stop: what is trained is not trained twice.
 #
-#   ./study.sh --quick                 every question in small, on photographs that ship with scikit-image
+#   ./study.sh --quick                 most questions in small, on photographs that ship with scikit-image
 #   ./study.sh CIFAR [PHOTOGRAPHS]     every question, on folders of small images with classes and of photographs
 #
 # Everything is chosen on the validation split; `claim` alone measures on test, and `prior`, by which nothing is chosen.
@@ -12,7 +12,7 @@ set -eu
 unset SLURM_JOB_ID # it would be added to the names of runs, which later commands and a later job look for
 PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-l1=20} MIX=${MIX:-recommended}
 VQGAN=${VQGAN:-$BASELINE,vqgan=0.1}
-QUESTIONS="baselines lasts claim frontier width rates quantizers instead photographs prior"
+QUESTIONS="baselines parts lasts claim frontier width rates quantizers instead photographs prior"
 
 case ${1:-} in
 --quick)
@@ -41,6 +41,12 @@ compare() {
 
 # How strong is a pixel loss at its best? Weight and learning rate of MSE and of L1.
 baselines() { compare baselines --preset baselines $DATA --num-epochs $SHORT; }
+
+# What does each part of the mix bring? Without it or with more of it, and the baseline in the mix's network.
+parts() {
+    compare parts --baseline $BASELINE --losses $MIX $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 $MIX,sharpen=0 $MIX,psnr=0,l1=1 \
+        $MIX,sharpen=0.6 $MIX,root-ssim=0.8 $BASELINE,fine-blocks=1 $DATA --num-epochs $SHORT
+}
 
 # Does it last? The ratio to the baseline against the length of training.
 lasts() {

@@ -19,14 +19,18 @@ from losses import TERMS
     ("k=64", {"k": 64}, "mse,k=64"), ("mse,vqgan,perceptual", {"mse": 1., "vqgan": 0.8, "perceptual": 1.},
                                      "mse+vqgan+perceptual"),
     ("recommended,vqgan,disc-start=0.8", {"recipe": "recommended", "vqgan": 0.8, "disc-start": 0.8},
-     "recommended+vqgan,disc-start=0.8")])
+     "recommended+vqgan,disc-start=0.8"),
+    ("recommended,psnr=0,l1,sharpen=0", {"recipe": "recommended", "psnr": 0., "l1": 1., "sharpen": 0.},
+     "recommended+0psnr+l1+0sharpen")])
 def test_mixes(text, mix, name):
     assert mixes.parse_mix(text) == mix and mixes.mix_name(mix) == name
 
 
 @pytest.mark.parametrize("text, says", [
     ("sharp", "no loss term 'sharp'"), ("mse=-1", "weight of mse"), ("mse=nan", "weight of mse"),
-    ("mse=0", "weight of mse"), ("mse;ssim", "no loss term"), ("mse=1,,ssim", "no loss term ''"),
+    ("mse=0", "weight of mse"), ("ssim,sharpen=0", "value of sharpen"),
+    ("recommended,root-ssim=0", "structural"), ("mse;ssim", "no loss term"),
+    ("mse=1,,ssim", "no loss term ''"),
     ("sharpen=0.3", "structural"), ("ssim=1,ssim=2", "ssim stands twice"), ("mse,lr=fast", "value of lr"),
     ("mse,k=1.5", "value of k"), ("mse,lr", "value of lr"), ("mse,disc-start=0.5", "add vqgan"),
     ("mse,recommended", "no loss term 'recommended'"), ("recommended=2", "no loss term 'recommended'")])
@@ -56,6 +60,12 @@ def test_a_command_trains_what_the_mix_says_and_a_mix_wins_over_the_flags():
     assert script == "vqvae.py" and weights == dict.fromkeys(TERMS, 0.) | {"ssim": 0.5}
     assert (flags["sharpen"], flags["lr"], flags["beta"], flags["seed"]) == (0.3, 1e-3, 0.7, 3)
     assert flags["lr_schedule"] == "cosine" and flags["flip"]
+
+
+def test_a_part_of_a_recipe_is_taken_out_and_the_rest_stays():
+    _, flags, _ = mixes.meaning(mixes.command_of(mixes.parse_mix("recommended,psnr=0,l1,sharpen=0"), 0, [], []))
+    weights = {name: flags[f"{name.replace('-', '_')}_weight"] for name in TERMS}
+    assert weights == dict.fromkeys(TERMS, 0.) | {"l1": 1., "root-ssim": 0.4, "chroma": 1.} and flags["sharpen"] == 0
 
 
 @pytest.mark.parametrize("recipe", sorted(set(recipes.RECIPES) - set(TERMS)))

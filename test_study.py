@@ -18,7 +18,7 @@ def commands(folder, *arguments, **environment):
     return done.returncode, lines, done.stderr
 
 
-@pytest.mark.parametrize("arguments, questions", [(("--quick",), 16), (("CIFAR", "PHOTOS"), 19)])
+@pytest.mark.parametrize("arguments, questions", [(("--quick",), 16), (("CIFAR", "PHOTOS"), 20)])
 def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions):
     code, found, err = commands(tmp_path, *arguments)
     assert code == 0, err
