@@ -67,6 +67,8 @@ def parse_args():
     if args.split == "test" and len(args.baseline) > 1:
         parser.error("several --baseline with --split test would choose among them on test: name the one that valid "
                      "chose")
+    if args.rates != [""] and len({str(mixes.parse_rate(text)) for text in args.rates}) < max(2, len(args.rates)):
+        parser.error("--rates makes a curve of two or more different rates: add one, or leave it out")
     for flag in (flag.split("=")[0] for flag in (*flags, *args.vqgan_flags)):
         if flag in ("--output-folder", "--seed", "--resume", "--overwrite", "--recipe"):
             parser.error(f"{flag} is set by this script for each run")
@@ -105,6 +107,8 @@ def main():
                     f"gradients at the reconstructions of {first}, seed 0: 1 is one direction, -1 the opposite.")}
     tables_folder = folder if args.split == "valid" else folder / args.split
     tables_folder.mkdir(exist_ok=True)
+    for name in ("rates.csv", "rates.png", "ranks.csv"):  # not written each time
+        (tables_folder / name).unlink(missing_ok=True)
     text = report.write_tables(tables_folder, tables, [{"loss": name, "seed": seed} | values
                                                 for (name, seed), values in figures.items()])
     picture = draw_picture(tables_folder / "picture.png", [runs[name, 0] for name in sweep.mixes], split)

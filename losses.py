@@ -310,7 +310,8 @@ class ReconstructionLoss(nn.Module):
         if not math.isfinite(sharpen) or sharpen < 0:
             raise ValueError(f"--sharpen must be finite and not negative, got {sharpen}")
         if sharpen and not set(self.weights) & set(STRUCTURAL_TERMS):
-            raise ValueError("--sharpen is for structural terms: give one a weight, say --root-ssim-weight 0.4")
+            raise ValueError("--sharpen is for structural terms: give one a weight, say --root-ssim-weight 0.4, "
+                             "or take it out")
         self.balance, self.sharpen, self.gradient_norms = balance, sharpen, {}
         self.register_buffer("_weights", torch.tensor(list(self.weights.values())), persistent=False)
         self._range_checked = False

@@ -5,10 +5,18 @@ from functools import cache
 import experiment
 from harness import cli
 from losses import TERMS, ReconstructionLoss
+from quantizers import QUANTIZERS
 from recipes import RECIPES
 
 BASE = "mse"  # the recipe whose schedule every mix has that is no recipe itself
 VQGAN, RECIPE, SHARPEN = "vqgan", "recipe", "sharpen"
+
+
+def quantizer(text):
+    if text not in QUANTIZERS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(QUANTIZERS)}, got {text}")
+    return text
+
 
 # What a mix may name beside loss terms, each of which stands for one flag: (flag, type, value where none is given).
 # Those with such a value read as part of the sum in a mix's name.
@@ -20,7 +28,7 @@ FLAGS = {
     "disc-lr": ("--disc-lr", cli.positive, None),
     "lr": ("--lr", cli.positive, None),
     "beta": ("--beta", cli.not_negative, None),
-    "quantizer": ("--quantizer", str, None),
+    "quantizer": ("--quantizer", quantizer, None),
     "k": ("--k", cli.positive_int, None),
     "downsample": ("--downsample", cli.positive_int, None),
     "hidden-size": ("--hidden-size", cli.positive_int, None),
@@ -47,8 +55,9 @@ def parse_mix(text):
             mix[RECIPE] = name
             continue
         if name not in TERMS and name not in FLAGS:
+            recipes = sorted(set(RECIPES) - set(TERMS))
             raise ValueError(f"no loss term {name!r} in {text!r}: the terms are {', '.join(TERMS)}; further names are "
-                             f"{', '.join(FLAGS)} and, first, the recipes {', '.join(set(RECIPES) - set(TERMS))}")
+                             f"{', '.join(FLAGS)} and, first, the recipes {', '.join(recipes)}")
         if name in mix:
             raise ValueError(f"{name} stands twice in {text!r}: give it once")
         flag, kind, usual = FLAGS.get(name, (None, cli.positive, 1.))
@@ -62,7 +71,10 @@ def parse_mix(text):
     if alone:
         raise ValueError(f"{', '.join(sorted(alone))} in {text!r} is for vqgan.py: add vqgan to the mix")
     flags = meaning(command_of(mix, 0, [], []))[1]  # what the loss refuses fails before anything is trained
-    ReconstructionLoss(experiment.weights_of(argparse.Namespace(**flags)), sharpen=flags[SHARPEN])
+    try:
+        ReconstructionLoss(experiment.weights_of(argparse.Namespace(**flags)), sharpen=flags[SHARPEN])
+    except ValueError as error:
+        raise ValueError(f"the mix {text!r}: {error}") from error
     return mix
 
 

@@ -1,13 +1,13 @@
 #!/bin/sh
-# The questions of RESULTS.md, each a command. Run it again after a stop: what is trained is not trained twice.
+# Questions of RESULTS.md, each a command. Run it again after a stop: what is trained is not trained twice.
 #
 #   ./study.sh --quick                 most questions in small, on photographs that ship with scikit-image
 #   ./study.sh CIFAR [PHOTOGRAPHS]     every question, on folders of small images with classes and of photographs
 #
 # Everything is chosen on the validation split; `claim` alone measures on test, and `prior`, by which nothing is chosen.
 # Environment: PYTHON, JOBS (runs at a time; where they have equal time, one, so that none has more of the machine),
-# SEEDS, BASELINE and MIX (the loss to beat and the one that should, as compare.py takes them), VQGAN (the one that has
-# the longer time), ONLY (some of the questions, say ONLY="lasts rates").
+# SEEDS, BASELINE and MIX (the loss to beat and the recipe that should, as compare.py takes them; some questions add to
+# them), VQGAN (the one that has the longer time), ONLY (some of the questions, say ONLY="lasts rates").
 set -eu
 unset SLURM_JOB_ID # it would be added to the names of runs, which later commands and a later job look for
 PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-l1=20} MIX=${MIX:-recommended}
@@ -42,10 +42,10 @@ compare() {
 # How strong is a pixel loss at its best? Weight and learning rate of MSE and of L1.
 baselines() { compare baselines --preset baselines $DATA --num-epochs $SHORT; }
 
-# What does each part of the mix bring? Without it or with more of it, and the baseline in the mix's network.
+# What does each part of the mix bring? The mix without it, and the baseline in the mix's network.
 parts() {
-    compare parts --baseline $BASELINE --losses $MIX $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 $MIX,sharpen=0 $MIX,psnr=0,l1=1 \
-        $MIX,sharpen=0.6 $MIX,root-ssim=0.8 $BASELINE,fine-blocks=1 $DATA --num-epochs $SHORT
+    compare parts --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 \
+        $MIX,sharpen=0 $MIX,psnr=0,l1=1 $BASELINE,fine-blocks=1 --seeds $SEEDS $DATA --num-epochs $SHORT
 }
 
 # Does it last? The ratio to the baseline against the length of training.

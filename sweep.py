@@ -27,12 +27,18 @@ class Sweep:
     Args:
         losses, baselines: mixes as `mixes.parse_mix` gives them. rates: texts for `mixes.parse_rate`; "" is none.
         seeds: how many.
+    Raises:
+        ValueError: a mix names what a rate does.
     """
 
     def __init__(self, losses, baselines, rates, seeds):
         self.seeds, self.rates = range(seeds), rates
         at = {rate: mixes.parse_rate(rate) if rate else {} for rate in rates}
         named = {mixes.mix_name(mix): mix for mix in [*baselines, *losses]}
+        for name, mix in named.items():
+            twice = set(mix) & set().union(*at.values())
+            if twice:
+                raise ValueError(f"{', '.join(sorted(twice))} stands in the mix {name} and in --rates: give it in one")
         self.series = {name: {rate: mixes.mix_name(mix | extra) for rate, extra in at.items()}
                        for name, mix in named.items()}
         self.mixes = {self.series[name][rate]: mix | at[rate] for name, mix in named.items() for rate in rates}

@@ -77,7 +77,11 @@ def test_what_another_command_trained_is_refused(folder):
     (("--seed", "3"), "--seed is set by this script"), (("--recipe", "mse"), "--recipe is set by this script"),
     (("--ssim-weight", "3"), "--losses mse=1,ssim=3"), (("--ssim-weight=3",), "--losses mse=1,ssim=3"),
     (("--ssim-w", "3"), "unrecognized arguments"), (("--vqgan-flags", "--mse-weight 2"), "weights stand in a mix"),
-    (("--rates", "ssim=1"), "--rates takes"), (("--baseline", "nothing"), "no loss term"),
+    (("--rates", "ssim=1"), "--rates takes"),
+    (("--rates", "k=8"), "two or more different rates"),
+    (("--rates", "k=8", "k=8"), "two or more different rates"),
+    (("--baseline", "mse,k=4", "--rates", "k=8", "k=9"), "k stands in the mix mse,k=4 and in --rates"),
+    (("--baseline", "nothing"), "no loss term"),
     (("--split", "test", "--baseline", "mse", "l1=1"), "name the one that valid chose")])
 def test_flags_that_would_be_ignored_are_refused_before_anything_is_trained(tmp_path, flags, says):
     code, _, err = call(tmp_path, "compare.py", "--losses", "mse", *flags)

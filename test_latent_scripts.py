@@ -108,7 +108,7 @@ def test_the_stacked_model_draws(folder):
     assert (folder / "models" / "draws" / "sample.png").exists()
 
 
-def test_the_video_prior_rolls_out(folder):
+def test_the_video_prior_rolls_out(folder, monkeypatch):
     assert train(folder, "video_prior.py", "--num-epochs", "1", "--output-folder", "rolls")[0] == 0
     code, out, err = train(folder, "video_prior.py", "--rollout", "5", "--starts", "2", "--output-folder", "rolls")
     assert code == 0, err
@@ -119,6 +119,11 @@ def test_the_video_prior_rolls_out(folder):
     for flags, message in ((("--rollout", "5", "--action", "jump"), "no actions"), (("--rollout", "50"), "in a row")):
         code, _, err = train(folder, "video_prior.py", *flags, "--output-folder", "rolls")
         assert code == 2 and message in err and err.count("\n") == 1
+    code, out, err = train(folder, "video_prior.py", "--rollout", "2", "--starts", "99", "--output-folder", "rolls")
+    assert code == 0 and "places to start from, not --starts 99" in out, err
+    monkeypatch.setattr(video_prior, "GIF_SIDE", 150)
+    code, _, err = train(folder, "video_prior.py", "--rollout", "2", "--starts", "2", "--output-folder", "rolls")
+    assert code == 2 and "--starts 2 is too many for a GIF" in err and "at most 1" in err
 
 
 def test_a_first_stage_of_other_classes_in_test_keeps_its_splits():

@@ -29,7 +29,8 @@ def test_mixes(text, mix, name):
 @pytest.mark.parametrize("text, says", [
     ("sharp", "no loss term 'sharp'"), ("mse=-1", "weight of mse"), ("mse=nan", "weight of mse"),
     ("mse=0", "weight of mse"), ("ssim,sharpen=0", "value of sharpen"),
-    ("recommended,root-ssim=0", "structural"), ("mse;ssim", "no loss term"),
+    ("recommended,root-ssim=0", "recommended,root-ssim=0.*structural"),
+    ("mse,quantizer=none", "must be one of ema"), ("mse;ssim", "no loss term"),
     ("mse=1,,ssim", "no loss term ''"),
     ("sharpen=0.3", "structural"), ("ssim=1,ssim=2", "ssim stands twice"), ("mse,lr=fast", "value of lr"),
     ("mse,k=1.5", "value of k"), ("mse,lr", "value of lr"), ("mse,disc-start=0.5", "add vqgan"),

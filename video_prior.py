@@ -17,6 +17,7 @@ from latent_models import VideoPrior
 MAY_CHANGE_ON_RESUME = {"rollout", "action", "starts", "temperature", "top_k", "fps"}
 RECORDED = "recorded"
 STRIP = 8  # frames of a film strip
+MOST_CONTEXT, MOST_FPS, GIF_SIDE = 32, 50, 65535  # frames whose windows fit into memory; of GIF files
 
 
 def parse_args():
@@ -24,7 +25,7 @@ def parse_args():
     latents.add_arguments(parser)
     group = parser.add_argument_group("prior")
     group.add_argument("--context", type=cli.positive_int, default=2, metavar="K",
-                       help="frames that the next one depends on (default %(default)s)")
+                       help=f"frames that the next one depends on, at most {MOST_CONTEXT} (default %(default)s)")
     group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
     group.add_argument("--num-layers", type=cli.positive_int, default=4, help="(default %(default)s)")
     group.add_argument("--noise", type=cli.share, default=0.1, metavar="SHARE", help="of the codes before, at most, "
@@ -38,7 +39,8 @@ def parse_args():
                        "right,right,left, or those recorded (default %(default)s)")
     group.add_argument("--starts", type=cli.positive_int, default=4, metavar="N",
                        help="places in the test split to start from (default %(default)s)")
-    group.add_argument("--fps", type=cli.positive_int, default=15, help="of the GIF, at most 50 (default %(default)s)")
+    group.add_argument("--fps", type=cli.positive_int, default=15,
+                       help=f"of the GIF, at most {MOST_FPS} (default %(default)s)")
     latents.add_drawing_arguments(group)
     return parser.parse_args()
 
@@ -48,6 +50,9 @@ def main():
     if args.action != RECORDED and not args.rollout:
         raise ValueError(f"--action {args.action} is for a rollout, training takes the actions that were recorded: "
                          "add --rollout, or leave --action out")
+    for flag, value, most in (("--context", args.context, MOST_CONTEXT), ("--fps", args.fps, MOST_FPS)):
+        if value > most:
+            raise ValueError(f"{flag} {value} is too many: pass at most {most}")
     device = cli.pick_device(args.device)
     first = latents.FirstStage(args, device, in_order=True)
     actions = getattr(datasets.DATASETS[args.dataset], "actions", [])
@@ -171,7 +176,13 @@ def roll_out(args, first, actions, device):
     folder, context = run_folder("models", args), model.context
     frames, rows = first.read_or_encode(folder / "latents.pt")["test"]
     starts = starts_of_windows(rows, context + args.rollout, "test", "--rollout")
+    if len(starts) < args.starts:
+        print(f"the test split has {len(starts)} places to start from, not --starts {args.starts}: all are taken")
     starts = starts[torch.linspace(0, len(starts) - 1, min(args.starts, len(starts))).long()]
+    column = report.image_rows([torch.zeros(1, first.data["channels"], *first.data["size"])]).shape[2]
+    if len(starts) * column > GIF_SIDE:
+        raise ValueError(f"--starts {args.starts} is too many for a GIF, which has a column for each: pass at most "
+                         f"{GIF_SIDE // column}")
     window = (starts[:, None] + torch.arange(context + args.rollout))
     real = frames[window].long().to(device)
     chosen = chosen_actions(args.action, actions, rows[window[:, context:], 3]).to(device)
@@ -182,7 +193,8 @@ def roll_out(args, first, actions, device):
     name = folder / f"rollout-{args.action.replace(',', '-')[:60]}"
     torch.save({"real": _bytes(videos[0]), "generated": _bytes(videos[1]), "actions": chosen.cpu()}, f"{name}.pt")
     print(f"above real frames as the VQ-VAE has them, below generated: {save_gif(f'{name}.gif', videos, args.fps)}, "
-          f"{save_strip(f'{name}.png', videos)}\nframes as uint8 (N, T, C, H, W): {name}.pt")
+          f"{save_strip(f'{name}.png', videos)}\n"
+          f"real and generated frames, uint8 (N, T, C, H, W), and actions: {name}.pt")
 
 
 def _bytes(images):
@@ -193,7 +205,7 @@ def save_gif(path, videos, fps):
     """Save videos (N, T, C, H, W) in [0, 1], the first in a row above the second."""
     frames = [report.image_rows([video[:, t] for video in videos]) for t in range(videos[0].shape[1])]
     frames = [Image.fromarray(_bytes(frame).permute(1, 2, 0).numpy()) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=max(20, round(1000 / fps)), loop=0)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
     return Path(path)
 
 
