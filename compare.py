@@ -315,8 +315,8 @@ def draw_pareto(path, sweep, figures):
            if mean["frechet_distance"] > FAR * means[sweep.baseline_of(name)]["frechet_distance"]]
     return report.draw_fronts(path, {name: mean for name, mean in means.items() if name not in far},
                               ("psnr", "PSNR (dB)"),
-                              [("gradient_ratio", "gradient ratio (1 is as sharp)", True),
-                               ("frechet_distance", "Fréchet distance (lower is better)", False)], far)
+                              [("gradient_ratio", "gradient ratio (1 is as sharp)", 1),
+                               ("frechet_distance", "Fréchet distance (lower is better)", 0)], far)
 
 
 def draw_rates(path, sweep, figures, judged):

@@ -101,16 +101,16 @@ def draw_fronts(path, points, horizontal, panels, left_out=()):
 
     Args:
         points: {name: {figure: value}}, numbered in the legend; "area" of one is that of its dot.
-        horizontal: (figure, label), larger is better. panels: [(figure, label, larger is better)].
+        horizontal: (figure, label), larger is better. panels: [(figure, label, value that nothing is better than)].
         left_out: names that are mentioned instead of drawn.
     """
     from matplotlib.figure import Figure  # here, because no run needs it
     figure, key = Figure(figsize=(7 * len(panels), 6), layout="constrained"), horizontal[0]
-    for axes, (other, label, larger) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    for axes, (other, label, ideal) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for number, (name, point) in enumerate(points.items(), 1):
             axes.scatter(point[key], point[other], point.get("area", 60), alpha=0.6, label=f"{number}  {name}")
             axes.annotate(number, (point[key], point[other]), xytext=(5, 3), textcoords="offset points", fontsize=9)
-        axes.plot(*zip(*front([(point[key], point[other]) for point in points.values()], larger)), color="grey",
+        axes.plot(*zip(*front([(point[key], point[other]) for point in points.values()], ideal)), color="grey",
                   linewidth=1, zorder=0)
         axes.set(xlabel=horizontal[1] + (f"\nnot shown: {', '.join(left_out)}" if left_out else ""), ylabel=label)
         axes.grid(alpha=0.3)
@@ -138,8 +138,7 @@ def _save_figure(path, figure):
     return path
 
 
-def front(points, larger):
-    """Those of points (a, b), sorted, that no other beats in both: larger a is better, and larger (or smaller) b."""
-    sign = 1 if larger else -1
+def front(points, ideal):
+    """Those of points (a, b), sorted, that no other beats in both: larger a is better, and b closer to `ideal`."""
     return sorted((a, b) for a, b in set(points) if not any(
-        c >= a and sign * d >= sign * b and (c, d) != (a, b) for c, d in points))
+        c >= a and abs(d - ideal) <= abs(b - ideal) and (c, d) != (a, b) for c, d in points))

@@ -42,8 +42,9 @@ def test_rank_correlations():
 
 
 def test_front_is_what_no_other_beats_in_both():
-    assert report.front([(1, 5), (2, 4), (3, 1), (2, 2), (0, 5)], larger=True) == [(1, 5), (2, 4), (3, 1)]
-    assert report.front([(1, 5), (2, 4), (3, 6), (2, 2)], larger=False) == [(2, 2), (3, 6)]
+    assert report.front([(1, 5), (2, 4), (3, 6), (2, 2)], ideal=0) == [(2, 2), (3, 6)]
+    # 1.4 is as far from 1 as 0.6, and further than 0.9.
+    assert report.front([(1, 0.9), (2, 0.7), (3, 0.2), (2, 1.4), (0, 1.2)], ideal=1) == [(1, 0.9), (2, 0.7), (3, 0.2)]
 
 
 def test_a_picture_is_written_by_one_process_as_a_whole(tmp_path, monkeypatch):
@@ -60,7 +61,7 @@ def test_tables_and_plots_are_written(tmp_path):
     assert next(csv.DictReader((tmp_path / "one.csv").read_text().splitlines())) == {"x": "é, b", "y": "1.23456"}
     assert json.loads((tmp_path / "table.json").read_text())["runs"] == [{"seed": 0}]
     points = {"a": {"x": 1., "y": 2.}, "b": {"x": 2., "y": 1., "area": 10}}
-    plot = report.draw_fronts(tmp_path / "plot.png", points, ("x", "X"), [("y", "Y", True), ("y", "Z", False)], ["c"])
+    plot = report.draw_fronts(tmp_path / "plot.png", points, ("x", "X"), [("y", "Y", 1), ("y", "Z", 0)], ["c"])
     assert Image.open(plot).size == (1400, 600)
     plot = report.draw_curves(tmp_path / "curves.png", {"a": [1, 2]}, "X", {"Y": {"a": [3, 4]}})
     assert Image.open(plot).size == (450, 450)
