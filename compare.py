@@ -67,8 +67,6 @@ def parse_args():
     if args.split == "test" and len(args.baseline) > 1:
         parser.error("several --baseline with --split test would choose among them on test: name the one that valid "
                      "chose")
-    if args.rates != [""] and len({str(mixes.parse_rate(text)) for text in args.rates}) < max(2, len(args.rates)):
-        parser.error("--rates makes a curve of two or more different rates: add one, or leave it out")
     for flag in (flag.split("=")[0] for flag in (*flags, *args.vqgan_flags)):
         if flag in ("--output-folder", "--seed", "--resume", "--overwrite", "--recipe"):
             parser.error(f"{flag} is set by this script for each run")

@@ -99,7 +99,7 @@ def main():
     # The best epoch, once, on the test split.
     model.load_state_dict(checkpoint.load(run.models / "best.pt", "stacked")["model"])
     values = measure(model, test, first, autocast)
-    psnr, picture = reconstruct(args, first, model)
+    psnr, picture = reconstruct(args, first, model, "reconstructions.png")
     results = run.finish(values | psnr, tuple(values | psnr))
     print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in values | psnr]))
     print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
@@ -144,8 +144,8 @@ def measure(model, batches, first, autocast):
     return values
 
 
-def reconstruct(args, first, model):
-    """PSNR of images of the test split from their codes, and a picture of them."""
+def reconstruct(args, first, model, name):
+    """PSNR of images of the test split from their codes, and a picture of them, a file `name` of the run."""
     x = first.images().test.examples(SHOWN)
     grid, original = first.encode(x), metrics.as_8bit(x)
     generator = torch.Generator().manual_seed(args.seed)
@@ -158,7 +158,7 @@ def reconstruct(args, first, model):
     rows = [original, first.decode(grid), *draws, free]
     psnr = {"psnr_first_stage": rows[1], "psnr_one_draw": draws[0], f"psnr_mean_of_{args.draws}_draws": sum(draws)
             / len(draws)}
-    path = run_folder("models", args) / "reconstructions.png"
+    path = run_folder("models", args) / name
     return ({name: float(metrics.psnr(image, original).mean()) for name, image in psnr.items()},
             report.save_picture(path, rows))
 
@@ -171,7 +171,8 @@ def sample(args, first):
     images = first.decode(model.draw(codes, args.temperature, args.top_k, generator))
     path = run_folder("models", args) / "sample.png"
     print(f"samples: {report.save_picture(path, images.split(SHOWN))}")
-    print(f"from their codes: {reconstruct(args, first, model)[1]}")
+    _, picture = reconstruct(args, first, model, "sample-reconstructions.png")
+    print(f"from their codes: {picture}")
 
 
 if __name__ == "__main__":

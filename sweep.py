@@ -28,12 +28,14 @@ class Sweep:
         losses, baselines: mixes as `mixes.parse_mix` gives them. rates: texts for `mixes.parse_rate`; "" is none.
         seeds: how many.
     Raises:
-        ValueError: a mix names what a rate does.
+        ValueError: a mix names what a rate does, there is one rate alone, or one twice.
     """
 
     def __init__(self, losses, baselines, rates, seeds):
         self.seeds, self.rates = range(seeds), rates
         at = {rate: mixes.parse_rate(rate) if rate else {} for rate in rates}
+        if rates != [""] and len(set(map(str, at.values()))) < max(2, len(rates)):
+            raise ValueError("--rates makes a curve of two or more different rates: add one, or leave it out")
         named = {mixes.mix_name(mix): mix for mix in [*baselines, *losses]}
         for name, mix in named.items():
             twice = set(mix) & set().union(*at.values())
