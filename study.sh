@@ -10,14 +10,14 @@
 # them), VQGAN (the one that has the longer time), ONLY (some of the questions, say ONLY="lasts rates").
 set -eu
 unset SLURM_JOB_ID # it would be added to the names of runs, which later commands and a later job look for
-PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-l1=20,lr=4e-3} MIX=${MIX:-recommended,lr=4e-3}
+PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-l1=20} MIX=${MIX:-recommended}
 VQGAN=${VQGAN:-$BASELINE,vqgan=0.1}
 QUESTIONS="baselines parts lasts claim frontier width rates quantizers instead photographs prior"
 
 case ${1:-} in
 --quick)
     DATA="--dataset photos --image-size 32 --limit 2048 --batch-size 64 --hidden-size 32"
-    JUDGES="effnet-lite0" SEEDS=${SEEDS:-2} LENGTHS="1 2" SHORT=1 LONG=2 WIDTH=64
+    JUDGES="effnet-lite0" SEEDS=${SEEDS:-2} LENGTHS="1 2" SHORT=1 LONG=2 WIDTH=64 PHOTO_MIX=$MIX
     MINUTES="0.1 0.2" CODES="64 256" QUESTIONS="baselines lasts claim frontier width rates quantizers instead prior"
     PRIOR="--hidden-size-prior 16 --num-layers 4 --num-epochs 1" ;;
 -* | "")
@@ -26,7 +26,7 @@ case ${1:-} in
 *)
     DATA="--data-folder $1 --hidden-size 64"
     JUDGES="effnet-lite0 classifier" SEEDS=${SEEDS:-3} LENGTHS="4 12 30 60" SHORT=4 LONG=12 WIDTH=256
-    MINUTES="5 30" CODES="64 512 4096" PRIOR="--num-epochs 20"
+    MINUTES="5 30" CODES="64 512 4096" PHOTO_MIX=recommended-photos PRIOR="--num-epochs 20"
     PHOTOS=${2:-}
     [ -n "$PHOTOS" ] || QUESTIONS=$(echo "$QUESTIONS" | sed 's/photographs//') ;;
 esac
@@ -45,7 +45,7 @@ baselines() { compare baselines --preset baselines $DATA --num-epochs $SHORT; }
 # What does each part of the mix bring? The mix without it, and the baseline in the mix's network.
 parts() {
     compare parts --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 \
-        $MIX,sharpen=0 $MIX,l1=0,psnr=1 $BASELINE,fine-blocks=1 --seeds $SEEDS $DATA --num-epochs $SHORT
+        $MIX,sharpen=0 $MIX,psnr=0,l1=1 $BASELINE,fine-blocks=1 --seeds $SEEDS $DATA --num-epochs $SHORT
 }
 
 # Does it last? The ratio to the baseline against the length of training.
@@ -102,7 +102,7 @@ instead() (
 # On photographs of 128x128? Watch the colours (saturation ratio). Whatever their classes, no judge learns them.
 photographs() (
     JUDGES=effnet-lite0
-    compare photographs --baseline $BASELINE --losses mse $MIX --seeds $SEEDS --data-folder "$PHOTOS" \
+    compare photographs --baseline $BASELINE --losses mse $PHOTO_MIX $MIX --seeds $SEEDS --data-folder "$PHOTOS" \
         --image-size 128 --random-crop --hidden-size 64 --batch-size 16 --num-epochs 120
 )
 

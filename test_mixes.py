@@ -20,8 +20,8 @@ from losses import TERMS
                                      "mse+vqgan+perceptual"),
     ("recommended,vqgan,disc-start=0.8", {"recipe": "recommended", "vqgan": 0.8, "disc-start": 0.8},
      "recommended+vqgan,disc-start=0.8"),
-    ("recommended,l1=0,psnr,sharpen=0", {"recipe": "recommended", "l1": 0., "psnr": 1., "sharpen": 0.},
-     "recommended+0l1+psnr+0sharpen")])
+    ("recommended,psnr=0,l1,sharpen=0", {"recipe": "recommended", "psnr": 0., "l1": 1., "sharpen": 0.},
+     "recommended+0psnr+l1+0sharpen")])
 def test_mixes(text, mix, name):
     assert mixes.parse_mix(text) == mix and mixes.mix_name(mix) == name
 
@@ -64,9 +64,9 @@ def test_a_command_trains_what_the_mix_says_and_a_mix_wins_over_the_flags():
 
 
 def test_a_part_of_a_recipe_is_taken_out_and_the_rest_stays():
-    _, flags, _ = mixes.meaning(mixes.command_of(mixes.parse_mix("recommended,l1=0,psnr,sharpen=0"), 0, [], []))
+    _, flags, _ = mixes.meaning(mixes.command_of(mixes.parse_mix("recommended,psnr=0,l1,sharpen=0"), 0, [], []))
     weights = {name: flags[f"{name.replace('-', '_')}_weight"] for name in TERMS}
-    assert weights == dict.fromkeys(TERMS, 0.) | {"psnr": 1., "root-ssim": 0.4, "chroma": 1.} and flags["sharpen"] == 0
+    assert weights == dict.fromkeys(TERMS, 0.) | {"l1": 1., "root-ssim": 0.4, "chroma": 1.} and flags["sharpen"] == 0
 
 
 @pytest.mark.parametrize("recipe", sorted(set(recipes.RECIPES) - set(TERMS)))
