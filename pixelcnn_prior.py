@@ -20,7 +20,7 @@ def parse_args():
     cli.add_arguments(parser, output_folder="prior", lr=3e-4)
     group = parser.add_argument_group("sampling")
     group.add_argument("--sample", type=cli.positive_int, metavar="N",
-                       help="draw N images from the trained prior in the output folder, and train nothing")
+                       help="draw N images from the prior in the output folder, as it was trained, and train nothing")
     group.add_argument("--label", type=int, help="class of the images (default all in turn)")
     latents.add_drawing_arguments(group)
     group.add_argument("--sample-every", type=cli.positive_int, default=5, metavar="EPOCHS",

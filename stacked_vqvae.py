@@ -33,7 +33,7 @@ def parse_args():
     cli.add_arguments(parser, output_folder="stacked", lr=1e-3)
     group = parser.add_argument_group("sampling")
     group.add_argument("--sample", type=cli.positive_int, metavar="N",
-                       help="draw N images with the trained model in the output folder, and train nothing")
+                       help="draw N images with the model in the output folder, as it was trained, and train nothing")
     group.add_argument("--draws", type=cli.positive_int, default=3, metavar="N",
                        help="of each image from its codes (default %(default)s)")
     latents.add_drawing_arguments(group)

@@ -34,7 +34,8 @@ def parse_args():
     cli.add_arguments(parser, output_folder="video", lr=1e-3)
     group = parser.add_argument_group("generation")
     group.add_argument("--rollout", type=cli.positive_int, metavar="T",
-                       help="generate T frames with the trained prior in the output folder, and train nothing")
+                       help="generate T frames with the prior in the output folder, as it was trained, and train "
+                       "nothing")
     group.add_argument("--action", default=RECORDED, help="of every frame: a name, several after one another such as "
                        "right,right,left, or those recorded (default %(default)s)")
     group.add_argument("--starts", type=cli.positive_int, default=4, metavar="N",
