@@ -69,10 +69,15 @@ def open_classifier(data, source, folder="models", epochs=EPOCHS):
     Args:
         data: `datasets.Data`; its train split is learnt from. source: the `datasets.Source` it was opened from.
     Raises:
-        ValueError: the data set has no classes, images are too small, or the file in the cache is damaged.
+        ValueError: the data set has no classes, or others in valid or test than in train, images are too small, or the
+            file in the cache is damaged.
     """
     with torch.random.fork_rng([]):
         model = Classifier(data.channels, len(data.classes))
+    unknown = set(torch.cat([data.valid.labels, data.test.labels]).tolist()) - set(data.train.labels.tolist())
+    if unknown:
+        raise ValueError(f"--features classifier learns the classes of train, and valid or test have "
+                         f"{data.classes[min(unknown)]}, which train lacks: leave it out")
     if min(data.size) < LEAST_SIDE:
         raise ValueError(f"--features classifier needs sides of at least {LEAST_SIDE} pixels, got {tuple(data.size)}")
     recipe = (datasets.fingerprint(data.name, source), len(data.train.labels), epochs, BATCH, PEAK_LR, WEIGHT_DECAY,

@@ -70,7 +70,7 @@ def parse_args():
     for flag in (flag.split("=")[0] for flag in (*flags, *args.vqgan_flags)):
         if flag in ("--output-folder", "--seed", "--resume", "--overwrite", "--recipe"):
             parser.error(f"{flag} is set by this script for each run")
-        if flag in {f"--{name}-weight" for name in TERMS}:
+        if flag in {f"--{name}-weight" for name in (*TERMS, "disc", "perceptual")}:
             parser.error(f"{flag} would be silently the same for all runs or for none: weights stand in a mix, say "
                          "--losses mse=1,ssim=3")
     return args, [*(QUICK if args.quick else ()), *flags]
@@ -97,7 +97,8 @@ def main():
     sweep.choose_baselines(figures)
     judged = [f"frechet_distance/{name}" for name in networks] + [f"sliced_wasserstein/{args.features[0]}"]
     note = (f"Measured on {args.split}: {len(split.labels)} images; seeds: {args.seeds}. Flags: "
-            f"{' '.join([RECIPES[mixes.BASE], *flags])}, but for what a mix says itself. Judges, comparable within "
+            f"{' '.join([RECIPES[mixes.BASE], *flags])}, but for what a mix says itself"
+            f"{'; of vqgan.py: ' * bool(args.vqgan_flags)}{' '.join(args.vqgan_flags)}. Judges, comparable within "
             f"this setting only: " + "; ".join(f"{name}: {network.description}" for name, network in networks.items()))
     first = sweep.best[sweep.rates[0]]
     tables = tables_of(sweep, figures, judged, note, args.preset == "report") | {

@@ -50,6 +50,7 @@ def main():
     source = datasets.Source.of(checkpoints[first], args.data_folder)
     data = datasets.load(facts["name"], source, args.batch_size, device, workers=args.num_workers)
     split, features = getattr(data, args.split), () if args.no_features else args.features
+    split.shuffle = False  # of train, every image
     lpips = {"lpips": open_lpips()} if args.lpips else {}
     judges = [Judge(name, open_network(name, data, source), split) for name in features]
 

@@ -16,6 +16,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from classifier import open_classifier
 
 CPU_BATCH = 16  # images at a time whose activations a processor's cache can hold: 2 to 3 times as fast as 128
+FEWEST = 4  # images that distances are measured of
 SUBSET, SUBSETS = 1000, 20  # images a subset and subsets of the kernel distance
 PROJECTIONS, PROJECTIONS_AT_ONCE = 1024, 128  # of the sliced Wasserstein distance
 
@@ -101,11 +102,16 @@ class Judge:
     Args:
         name: of its figures. network: images (B, C, H, W) in [0, 1] -> features (B, D); with a `logits` it classifies.
         loader: the split, yields x (B, C, H, W) in [-1, 1] and labels (B,).
+    Raises:
+        ValueError: the split has too few images.
     """
 
     @torch.no_grad()
     def __init__(self, name, network, loader):
         self.name, self.network = name, network
+        if len(loader.labels) < FEWEST:
+            raise ValueError(f"distances need a split of {FEWEST} images or more, this one has {len(loader.labels)}: "
+                             "add images, or leave distances out (evaluate.py --no-features)")
         real, labels = zip(*((network((x + 1) / 2), label) for x, label in loader))
         self.real, self.labels = torch.cat(real), torch.cat(labels)
 

@@ -38,6 +38,9 @@ def main():
             f"the classes are 0...{len(classes) - 1}" if classes else "this data set has no classes"))
     if args.sample:
         return sample(args, first)
+    if args.label is not None:
+        raise ValueError(f"--label {args.label} is for samples, training takes all classes: add --sample, or leave it "
+                         "out")
 
     # Data fail here, before an old run is replaced.
     train, valid, test = first.batches("prior", of_classes=bool(classes))

@@ -78,7 +78,7 @@ def name_targets(sources, output):
     """[(image file, the file of its reconstruction)]: a PNG of its name, that keeps the ending where two share a name.
 
     Raises:
-        ValueError: two would be one file still, or one would replace an image that is read.
+        ValueError: two would be one file still, or one would replace an image that is read or lies beside one.
     """
     names = [name.with_suffix(".png") for _, name in sources]
     inputs, taken = {path.resolve() for path, _ in sources}, {}
@@ -88,6 +88,9 @@ def name_targets(sources, output):
             raise ValueError(f"{taken[target]} and {path} would both be reconstructed as {target}: do them apart")
         if target.resolve() in inputs:
             raise ValueError(f"{target} is read and would be replaced: pass another --output than {output}")
+        if target.exists() and target.parent.resolve() in {source.parent for source in inputs}:
+            raise ValueError(f"{target} lies beside what is read and would be replaced: pass another --output than "
+                             f"{output}")
         taken[target] = path
     return [(path, target) for target, path in taken.items()]
 

@@ -107,11 +107,16 @@ def _duration(seconds):
 
 def is_other(run, command):
     """Whether a run's folder holds what another command began to train: its checkpoint says which."""
-    known, last = run / "command.json", run / "last.pt"
-    began = checkpoint.load(last, "vqvae").get("command") if last.exists() else None
-    if last.exists() and not began and known.exists():  # older checkpoints do not say, a file beside them does
+    known, kept = run / "command.json", _kept(run)
+    began = checkpoint.load(kept, "vqvae").get("command") if kept else None
+    if kept and not began and known.exists():  # older checkpoints do not say, a file beside them does
         began = checkpoint.load_json(known, list)
     return began is not None and _trained_by(began) != _trained_by(command)
+
+
+def _kept(run):
+    """The checkpoint that says what a run's folder holds: the last one, or best.pt where it was removed; or None."""
+    return next((run / name for name in ("last.pt", "best.pt") if (run / name).exists()), None)
 
 
 def _trained_by(command):
@@ -126,7 +131,7 @@ def check(run, command):
     A command with a wrong flag ends the script.
     """
     mixes.meaning(command)
-    if is_other(run, command) and checkpoint.load(run / "last.pt", "vqvae")["counters"]["step"]:
+    if is_other(run, command) and checkpoint.load(_kept(run), "vqvae")["counters"]["step"]:
         raise ValueError(f"{run} was trained with other flags: give another --output, or remove it")
 
 

@@ -191,6 +191,10 @@ def file_data(folder):
     (folder / "data").write_text("no folder")
 
 
+def another_ending(folder):
+    Image.open(folder / "images/7.png").save(folder / "images/7.jpg")
+
+
 def same_stem(folder):
     for path in ("x/same/a.png", "y/same/a.png"):
         (folder / path).parent.mkdir(parents=True)
@@ -294,6 +298,8 @@ TRAINED = [
     ("reconstruct: broken", broken(b""), (*RECONSTRUCT, "images/7.png"), "images/7.png does not decode"),
     ("reconstruct: too large", bomb, (*RECONSTRUCT, "images/7.png"), "images/7.png does not decode"),
     ("reconstruct: two of one name", same_stem, (*RECONSTRUCT, "x/same", "y/same"), "y/same/a.png"),
+    ("reconstruct: beside its input", another_ending, (*RECONSTRUCT, "images/7.jpg", "--output", "images"),
+     "images/7.png lies"),
     ("reconstruct: one file twice", nothing, (*RECONSTRUCT, "images/7.png", "images/7.png"), "images/7.png"),
     ("reconstruct: onto itself", nothing, (*RECONSTRUCT, "images", "--output", "."), "images/0.png"),
     ("reconstruct: a file for a folder", file_data, (*RECONSTRUCT, "images/7.png", "--output", "data"), "data"),

@@ -60,6 +60,13 @@ def test_classifier_names_what_is_wrong(tmp_path):
         classifier.open_classifier(data, source, tmp_path)
 
 
+def test_classes_that_train_lacks_are_refused(tmp_path):
+    data, source = toy(tmp_path)
+    data.train = Batches(data.train.images, data.valid.labels % 2, 64)
+    with pytest.raises(ValueError, match="valid or test have 2, which train lacks"):
+        classifier.open_classifier(data, source, tmp_path)
+
+
 def test_shifted_images_move_by_whole_pixels():
     x = torch.rand(50, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     moved = classifier.shifted(x, torch.Generator().manual_seed(0))

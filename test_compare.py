@@ -77,6 +77,7 @@ def test_what_another_command_trained_is_refused(folder):
     (("--seed", "3"), "--seed is set by this script"), (("--recipe", "mse"), "--recipe is set by this script"),
     (("--ssim-weight", "3"), "--losses mse=1,ssim=3"), (("--ssim-weight=3",), "--losses mse=1,ssim=3"),
     (("--ssim-w", "3"), "unrecognized arguments"), (("--vqgan-flags", "--mse-weight 2"), "weights stand in a mix"),
+    (("--vqgan-flags", "--disc-weight 0.1"), "weights stand in a mix"),
     (("--rates", "ssim=1"), "--rates takes"),
     (("--rates", "k=8"), "two or more different rates"),
     (("--rates", "k=8", "k=8"), "two or more different rates"),

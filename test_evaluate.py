@@ -56,6 +56,14 @@ def test_a_split_and_a_runs_folder_are_taken_by_name(folder):
     valid, test = (json.loads((folder / split / "results.json").read_text())["models"]["a"]
                    for split in ("valid", "test"))
     assert valid["psnr"] != test["psnr"] and test["checkpoint"] == "models/a/best.pt"
+    found = set()  # all 48 images of train, whatever the batches
+    for size in ("32", "48"):
+        code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--split", "train", "--batch-size", size,
+                            "--no-features", "--output", "train", "--device", "cpu")
+        assert code == 0, err
+        results = json.loads((folder / "train" / "results.json").read_text())
+        found.add((results["setting"]["images"], round(results["models"]["a"]["psnr"], 4)))
+    assert len(found) == 1
 
 
 def test_a_judge_that_a_model_was_trained_through_is_marked(folder):

@@ -91,6 +91,12 @@ def test_a_judge_compares_with_the_originals_and_counts_the_classes_that_are_lef
     assert worse["accuracy"] == 0.75 and worse["original_accuracy"] == 1 and worse["frechet_distance"] > 0.01
 
 
+def test_a_judge_refuses_a_split_of_too_few_images():
+    few = Batches(torch.zeros(3, 8, 8, 3, dtype=torch.uint8), torch.zeros(3), 2)
+    with pytest.raises(ValueError, match="4 images or more, this one has 3"):
+        features.Judge("mean", nn.AdaptiveAvgPool2d(1), few)
+
+
 def test_sliced_wasserstein_of_one_dimension_is_the_exact_distance():
     random = np.random.default_rng(0)
     a, b = random.normal(size=200), random.gamma(2., size=200)

@@ -41,7 +41,8 @@ def parse_args():
     group.add_argument("--starts", type=cli.positive_int, default=4, metavar="N",
                        help="places in the test split to start from (default %(default)s)")
     group.add_argument("--fps", type=cli.positive_int, default=15,
-                       help=f"of the GIF, at most {MOST_FPS} (default %(default)s)")
+                       help=f"of the GIF, about, as a frame lasts whole hundredths of a second; at most {MOST_FPS} "
+                       "(default %(default)s)")
     latents.add_drawing_arguments(group)
     return parser.parse_args()
 
@@ -180,10 +181,12 @@ def roll_out(args, first, actions, device):
     if len(starts) < args.starts:
         print(f"the test split has {len(starts)} places to start from, not --starts {args.starts}: all are taken")
     starts = starts[torch.linspace(0, len(starts) - 1, min(args.starts, len(starts))).long()]
-    column = report.image_rows([torch.zeros(1, first.data["channels"], *first.data["size"])]).shape[2]
-    if len(starts) * column > GIF_SIDE:
+    widths = [report.image_rows([torch.zeros(n, first.data["channels"], *first.data["size"])]).shape[2] for n in (2, 3)]
+    column = widths[1] - widths[0]
+    most = (GIF_SIDE - widths[0]) // column + 2
+    if len(starts) > most:
         raise ValueError(f"--starts {args.starts} is too many for a GIF, which has a column for each: pass at most "
-                         f"{GIF_SIDE // column}")
+                         f"{most}")
     window = (starts[:, None] + torch.arange(context + args.rollout))
     real = frames[window].long().to(device)
     chosen = chosen_actions(args.action, actions, rows[window[:, context:], 3]).to(device)
@@ -206,7 +209,7 @@ def save_gif(path, videos, fps):
     """Save videos (N, T, C, H, W) in [0, 1], the first in a row above the second."""
     frames = [report.image_rows([video[:, t] for video in videos]) for t in range(videos[0].shape[1])]
     frames = [Image.fromarray(_bytes(frame).permute(1, 2, 0).numpy()) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=10 * round(100 / fps), loop=0)
     return Path(path)
 
 

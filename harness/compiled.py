@@ -1,5 +1,6 @@
 """torch.compile, on a machine that may lack what it needs."""
 import torch
+import torch._functorch.config
 
 from harness import distributed
 
@@ -17,6 +18,7 @@ def compile_forward(module, graphs=False, first=True):
             overwritten by the next step's: only where `graphs_fit`.
         first: of the networks of a step, so that the step begins with it.
     """
+    torch._functorch.config.donated_buffer = False  # else a backward that keeps its graph for another is refused
     plain = module.forward
     fast = torch.compile(plain, mode="reduce-overhead" if graphs else None)
 

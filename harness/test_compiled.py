@@ -48,3 +48,14 @@ def test_an_error_of_the_network_s_own_is_raised(modes, capsys):
     with pytest.raises(RuntimeError, match="shapes"):
         network(torch.randn(2, 5))
     assert not capsys.readouterr().out
+
+
+def test_a_compiled_network_is_differentiated_twice(monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode: real(function, backend="aot_eager"))
+    network, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh()), torch.randn(2, 3, 8, 8)
+    compile_forward(network)
+    loss = network(x).square().sum()
+    first, = torch.autograd.grad(loss, network[0].weight, retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(network[0].weight.grad, first)
