@@ -119,6 +119,7 @@ class Source:
     crop_scale: float = 1.  # sides of a training image over those of the crop that an epoch sees
     channels: int = None  # None: as many as the files have
     in_order: bool = False  # frames of clips one after another, none shuffled; see `load`
+    carved: str = ""  # `Data.carved` as it must be; empty: as it is
 
     @classmethod
     def of(cls, checkpoint, folder=None, download=True):
@@ -126,8 +127,9 @@ class Source:
         args, facts = checkpoint["args"], checkpoint["data"]
         _known(facts["name"])
         _refuse_folder(facts["name"], folder)
+        same = folder in (None, args["data_folder"])
         return cls(folder or args["data_folder"], tuple(facts["size"]), download, args["skip_broken"],
-                   channels=facts["channels"])
+                   channels=facts["channels"], carved=facts.get("carved", "") if same else "")
 
     def train_size(self):
         """(H, W) to which training images are brought, of which `image_size` is cropped."""
@@ -144,6 +146,7 @@ class Data:
     channels: int
     size: tuple  # (H, W)
     classes: list
+    carved: str = ""  # which files the splits have that were carved from train, as a digest; empty where none were
 
     def shard(self, rank, world):
         """Leave this process its share of every batch of every split."""
@@ -153,7 +156,7 @@ class Data:
     def facts(self):
         """What a checkpoint keeps of it: plain values."""
         return {"name": self.name, "channels": self.channels, "size": list(self.size), "classes": self.classes,
-                "images": {split: len(getattr(self, split).labels) for split in SPLITS}}
+                "images": {split: len(getattr(self, split).labels) for split in SPLITS}, "carved": self.carved}
 
     def __str__(self):
         """One line of what was found."""
@@ -185,13 +188,19 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
         action that led to it; clips are in one split as a whole, and train is in their order.
     Raises:
         FileNotFoundError, ValueError, OSError: no frames in order, missing or empty folder, broken image, sizes or
-            channels that differ, no download.
+            channels that differ, other carved splits than the source is to have, no download.
     """
     splits, classes = _known(name)(source)  # split -> (images, labels)
     if source.in_order and any(labels.ndim == 1 for _, labels in splits.values()):
         raise ValueError(f"{name} has no sequences of frames: boxing has, and a folder of numbered frames such as "
                          "clip/000001.png")
-    splits = _complete_clips(splits) if source.in_order else _complete(splits)
+    missing = [split for split in SPLITS if split not in splits]
+    splits = _complete_clips(splits, missing) if source.in_order else _complete(splits, missing)
+    carved = _digest([splits[split][0] for split in missing], source.folder)
+    if source.carved and not source.in_order and source.carved != carved:  # in order, whole clips are carved
+        raise ValueError(f"{source.folder} has gained or lost images since the model was trained, so that others are "
+                         "held out for valid and test, some of which it has learnt: put them back as they were, keep "
+                         "the splits in folders train, valid and test, or train anew")
     if limit:
         images, labels = splits["train"]
         splits["train"] = (_subset(images, slice(0, limit)), labels[:limit])
@@ -208,14 +217,13 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
     train, valid, test = (Batches(*splits[split], batch_size, device, shuffle=split == "train",
                                   flip=flip and split == "train", seed=seed, workers=workers, size=size)
                           for split in SPLITS)
-    return Data(name, train, valid, test, channels, size, classes)
+    return Data(name, train, valid, test, channels, size, classes, carved)
 
 
-def _complete(splits):
+def _complete(splits, missing):
     """Carve the splits that are missing from train, and put train in a fixed random order."""
     images, labels = splits["train"]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    missing = [split for split in SPLITS if split not in splits]
     carved = max(1, int(len(labels) * CARVED))
     if len(labels) <= carved * len(missing):
         raise ValueError(f"{len(labels)} training images are too few to carve {' and '.join(missing)} from: add images")
@@ -226,10 +234,9 @@ def _complete(splits):
     return splits
 
 
-def _complete_clips(splits):
+def _complete_clips(splits, missing):
     """Carve the splits that are missing from the last clips of train."""
     images, rows = splits["train"]
-    missing = [split for split in SPLITS if split not in splits]
     clips = rows[:, 1].unique(sorted=True)
     carved = max(1, int(len(clips) * CARVED))
     if len(clips) <= carved * len(missing):
@@ -245,6 +252,12 @@ def _complete_clips(splits):
     kept = torch.isin(rows[:, 1], clips).nonzero().squeeze(1)
     splits["train"] = (_subset(images, kept), rows[kept])
     return splits
+
+
+def _digest(parts, folder):
+    """Which files of a folder the parts hold, as a digest; empty where they hold none."""
+    names = [[os.path.relpath(path, folder) for path in part.paths] for part in parts if isinstance(part, ImageFiles)]
+    return hashlib.sha256(repr(names).encode()).hexdigest() if names else ""
 
 
 def _subset(images, index):

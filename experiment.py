@@ -10,7 +10,7 @@ import recipes
 from evaluation import measure, reported
 from harness import checkpoint, cli, distributed, report
 from harness.compiled import graphs_fit
-from harness.run import Run, check_folder
+from harness.run import Run, check_folder, run_folder
 from losses import TERMS, ReconstructionLoss, ms_ssim_weights
 from modules import VectorQuantizedVAE
 from quantizers import QUANTIZERS, settings_of
@@ -96,6 +96,9 @@ class Experiment:
         ReconstructionLoss(weights, args.balance, sharpen=args.sharpen)  # wrong weights fail before data is read,
         check_folder(args, "vqvae", [args.frozen_codebook])  # and so does a folder in use
         source = datasets.source_of(args)
+        last = run_folder("models", args) / "last.pt"
+        if args.resume and last.exists():
+            source.carved = checkpoint.load(last, "vqvae", {"data": dict})["data"].get("carved", "")
         with distributed.rank_0_first():
             self.data = datasets.load(args.dataset, source, args.batch_size, self.device, args.flip, args.seed,
                                       args.limit, args.num_workers)

@@ -2,6 +2,8 @@
 
 As test_bad_input.py, and in its folder.
 """
+import shutil
+
 import pytest
 import torch
 
@@ -78,3 +80,13 @@ def test_latents_that_lack_an_entry(prior, keys):
 def test_results_that_are_a_list(folder):  # noqa: F811
     (folder / "models" / "a" / "results.json").write_text("[1]")
     check(folder, READERS["evaluate"], "models/a/results.json is damaged (it holds a list)")
+
+
+def test_a_folder_that_gained_an_image_holds_out_others(folder):  # noqa: F811
+    images = folder / "images"
+    shutil.copytree(images, folder / "moved")
+    shutil.copy(images / "7.png", images / "70.png")
+    resumed = ("vqvae.py", *SMALL, "--data-folder", "images", "--output-folder", "a", "--resume", "--num-epochs", "2")
+    for command in (READERS["evaluate"], PRIOR, STACKED, resumed):
+        check(folder, command, "images has gained or lost images since the model was trained")
+    assert call(folder, *READERS["evaluate"], "--data-folder", "moved")[0] == 0
