@@ -10,7 +10,7 @@
 # them), VQGAN (the one that has the longer time), ONLY (some of the questions, say ONLY="lasts rates").
 set -eu
 unset SLURM_JOB_ID # it would be added to the names of runs, which later commands and a later job look for
-PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-l1=20} MIX=${MIX:-recommended}
+PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-mse=20} MIX=${MIX:-recommended}
 VQGAN=${VQGAN:-$BASELINE,vqgan=0.1}
 QUESTIONS="baselines parts lasts claim frontier width rates quantizers instead photographs prior"
 
@@ -39,51 +39,54 @@ compare() {
     "$PYTHON" compare.py --output "study/$name" --jobs "$JOBS" --features $JUDGES "$@"
 }
 
-# How strong is a pixel loss at its best? Weight and learning rate of MSE and of L1.
-baselines() { compare baselines --preset baselines $DATA --num-epochs $SHORT; }
+# How strong is a pixel loss at its best? Weight and learning rate of MSE and of L1; of the best, rates for longer.
+baselines() {
+    compare baselines --preset baselines $DATA --num-epochs $SHORT
+    compare "baselines-$LONG" --losses $BASELINE,lr=1e-3 $BASELINE,lr=2e-3 $BASELINE,lr=4e-3 $DATA --num-epochs $LONG
+}
+
+# Flags of a training of so many epochs: the longer it is, the lower the learning rate that suits the baseline.
+of() { echo "$DATA --num-epochs $1 --lr $([ "$1" -le 4 ] && echo 4e-3 || echo 2e-3)"; }
 
 # What does each part of the mix bring? The mix without it, and the baseline in the mix's network.
 parts() {
     compare parts --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 \
-        $MIX,sharpen=0 $MIX,psnr=0,l1=1 $BASELINE,fine-blocks=1 --seeds $SEEDS $DATA --num-epochs $SHORT
+        $MIX,sharpen=0 $MIX,psnr=0,l1=1 $BASELINE,fine-blocks=1 --seeds $SEEDS $(of $SHORT)
 }
 
 # Does it last? The ratio to the baseline against the length of training.
 lasts() {
     for epochs in $LENGTHS; do
-        compare "epochs-$epochs" --baseline $BASELINE --losses $MIX --seeds $SEEDS $DATA --num-epochs "$epochs"
+        compare "epochs-$epochs" --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $epochs)
     done
 }
 
 # The claim: the same runs at two lengths, once, on test.
 claim() {
     for epochs in $SHORT $LONG; do
-        compare "epochs-$epochs" --split test --baseline $BASELINE --losses $MIX --seeds $SEEDS $DATA \
-            --num-epochs "$epochs"
+        compare "epochs-$epochs" --split test --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $epochs)
     done
 }
 
 # What does more sharpness cost, and what does it bring?
 frontier() {
-    compare frontier --baseline $BASELINE --losses $MIX "$MIX,sharpen=0.6" "$MIX,root-ssim=0.8,sharpen=0.6" $DATA \
-        --num-epochs $SHORT
+    compare frontier --baseline $BASELINE --losses $MIX "$MIX,sharpen=0.6" "$MIX,root-ssim=0.8,sharpen=0.6" $(of $SHORT)
 }
 
 # Does it hold in a wider network?
-width() { compare width --baseline $BASELINE --losses $MIX $DATA --hidden-size $WIDTH --num-epochs $LONG; }
+width() { compare width --baseline $BASELINE --losses $MIX $(of $LONG) --hidden-size $WIDTH; }
 
 # At every rate? Curves, and bits saved at equal PSNR, SSIM and Fréchet distance.
 rates() {
     rates=$(for k in $CODES; do echo "k=$k"; done)
-    compare rates --baseline $BASELINE --losses $MIX --rates $rates --seeds $SEEDS $DATA --num-epochs $SHORT
-    compare coarse --baseline $BASELINE --losses $MIX $DATA --downsample 8 --num-epochs $SHORT
+    compare rates --baseline $BASELINE --losses $MIX --rates $rates --seeds $SEEDS $(of $SHORT)
+    compare coarse --baseline $BASELINE --losses $MIX $(of $SHORT) --downsample 8
 }
 
 # Under every quantizer? Each beside the baseline under the same one.
 quantizers() {
     for quantizer in ema gradient cosine fsq rotation; do
-        compare "quantizer-$quantizer" --baseline $BASELINE --losses $MIX $DATA --quantizer $quantizer \
-            --num-epochs $SHORT
+        compare "quantizer-$quantizer" --baseline $BASELINE --losses $MIX $(of $SHORT) --quantizer $quantizer
     done
 }
 
