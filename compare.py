@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import datasets
 import metrics
 import mixes
-from evaluation import measure, reported
+from evaluation import check_alike, measure, reported
 from features import FEATURES, OWN_JUDGE, Judge, open_network, trained_through
 from harness import checkpoint, cli, report
 from losses import TERMS
@@ -92,7 +92,7 @@ def main():
     in_turn(ThreadPoolExecutor(args.jobs), args.jobs, "trained", runs,
             lambda key: (train, runs[key], commands[key], threads))
 
-    split, networks, setting = open_split(next(iter(runs.values())), args.split, args.features)
+    split, networks, setting = open_split(list(runs.values()), args.split, args.features)
     figures = measure_runs(runs, split, networks, setting, args.jobs, threads)
     sweep.choose_baselines(figures)
     judged = [f"frechet_distance/{name}" for name in networks] + [f"sliced_wasserstein/{args.features[0]}"]
@@ -120,9 +120,11 @@ def main():
 
 # --- measuring
 
-def open_split(run, split, features):
-    """A split of a run's data set, networks by name that judge it, and what figures measured with them depend on."""
-    ckpt = checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS)
+def open_split(runs, split, features):
+    """A split of the data set of runs, networks by name that judge it, and what their figures depend on."""
+    checkpoints = {run: checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS) for run in runs}
+    check_alike(checkpoints)
+    ckpt = checkpoints[runs[0]]
     source = datasets.Source.of(ckpt)
     data = datasets.load(ckpt["data"]["name"], source, 128, cli.pick_device("auto"))
     networks = {name: open_network(name, data, source) for name in features}

@@ -127,7 +127,7 @@ class Source:
         args, facts = checkpoint["args"], checkpoint["data"]
         _known(facts["name"])
         _refuse_folder(facts["name"], folder)
-        same = folder in (None, args["data_folder"])
+        same = not folder or os.path.realpath(folder) == os.path.realpath(args["data_folder"])
         return cls(folder or args["data_folder"], tuple(facts["size"]), download, args["skip_broken"],
                    channels=facts["channels"], carved=facts.get("carved", "") if same else "")
 
@@ -196,11 +196,11 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
                          "clip/000001.png")
     missing = [split for split in SPLITS if split not in splits]
     splits = _complete_clips(splits, missing) if source.in_order else _complete(splits, missing)
-    carved = _digest([splits[split][0] for split in missing], source.folder)
+    carved = folders.digest([splits[split][0] for split in missing], source.folder)
     if source.carved and not source.in_order and source.carved != carved:  # in order, whole clips are carved
-        raise ValueError(f"{source.folder} has gained or lost images since the model was trained, so that others are "
-                         "held out for valid and test, some of which it has learnt: put them back as they were, keep "
-                         "the splits in folders train, valid and test, or train anew")
+        raise ValueError(f"files of {source.folder} were added, removed or renamed since the model was trained, so "
+                         "that others are held out for valid and test, some of which it has learnt: put them back as "
+                         "they were, or train anew (from folders train, valid and test, which stay as they are)")
     if limit:
         images, labels = splits["train"]
         splits["train"] = (_subset(images, slice(0, limit)), labels[:limit])
@@ -252,12 +252,6 @@ def _complete_clips(splits, missing):
     kept = torch.isin(rows[:, 1], clips).nonzero().squeeze(1)
     splits["train"] = (_subset(images, kept), rows[kept])
     return splits
-
-
-def _digest(parts, folder):
-    """Which files of a folder the parts hold, as a digest; empty where they hold none."""
-    names = [[os.path.relpath(path, folder) for path in part.paths] for part in parts if isinstance(part, ImageFiles)]
-    return hashlib.sha256(repr(names).encode()).hexdigest() if names else ""
 
 
 def _subset(images, index):

@@ -6,7 +6,7 @@ import torch
 
 import datasets
 import metrics
-from evaluation import measure, reported
+from evaluation import check_alike, measure, reported
 from features import FEATURES, OWN_JUDGE, Judge, open_network, trained_through
 from harness import checkpoint, cli, report
 from harness.run import holds_run
@@ -39,6 +39,8 @@ def main():
     folder = Path(args.output)
     if holds_run(folder):
         raise ValueError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is no folder: name another")
     device = cli.pick_device(args.device)
     checkpoints = {path: checkpoint.load(path, "vqvae", datasets.FACTS)
                    for path in map(str, map(checkpoint.resolve, args.model))}
@@ -47,6 +49,7 @@ def main():
         if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):
             raise ValueError(f"{path} was trained on {contents['data']['name']} {contents['data']['size']}, "
                              f"{first} on {facts['name']} {facts['size']}: evaluate them apart")
+    check_alike(checkpoints)
     source = datasets.Source.of(checkpoints[first], args.data_folder)
     data = datasets.load(facts["name"], source, args.batch_size, device, workers=args.num_workers)
     split, features = getattr(data, args.split), () if args.no_features else args.features

@@ -66,3 +66,16 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         said = judge.figures(torch.cat(seen))
         figures |= (said if judge is judges[0] else {}) | {f"{name}/{judge.name}": v for name, v in said.items()}
     return values, figures
+
+
+def check_alike(models):
+    """ValueError where one of the models has learnt what is held out for another: splits were carved from other files.
+
+    Args:
+        models: {name: contents of a checkpoint}.
+    """
+    carved = {contents["data"]["carved"]: name for name, contents in models.items() if contents["data"].get("carved")}
+    if len(carved) > 1:
+        first, second, *_ = carved.values()
+        raise ValueError(f"{first} and {second} were trained on one folder with other files in it, and hold out other "
+                         "images, some of which the other has learnt: train one of them anew")

@@ -7,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import datasets
 import metrics
 import recipes
-from evaluation import measure, reported
+from evaluation import check_alike, measure, reported
 from harness import checkpoint, cli, distributed, report
 from harness.compiled import graphs_fit
 from harness.run import Run, check_folder, run_folder
@@ -98,7 +98,8 @@ class Experiment:
         source = datasets.source_of(args)
         last = run_folder("models", args) / "last.pt"
         if args.resume and last.exists():
-            source.carved = checkpoint.load(last, "vqvae", {"data": dict})["data"].get("carved", "")
+            facts = checkpoint.load(last, "vqvae", datasets.FACTS)["data"]
+            source.carved = facts.get("carved", "") if facts["name"] == args.dataset else ""
         with distributed.rank_0_first():
             self.data = datasets.load(args.dataset, source, args.batch_size, self.device, args.flip, args.seed,
                                       args.limit, args.num_workers)
@@ -118,7 +119,9 @@ class Experiment:
         if self.model.codebook.extra_repr():
             print(f"--quantizer {args.quantizer} --k {args.k}: {self.model.codebook.extra_repr()}")
         if args.frozen_codebook:
-            self.model.freeze_codes(checkpoint.load(args.frozen_codebook, "vqvae"))
+            frozen = checkpoint.load(args.frozen_codebook, "vqvae", datasets.FACTS)
+            check_alike({args.frozen_codebook: frozen, "this model": {"data": self.data.facts()}})
+            self.model.freeze_codes(frozen)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = optimizer_of(self.model, args.lr)
         self.average = average_of(self.model, self.optimizer, args.average_weights) if args.average_weights else None

@@ -1,5 +1,6 @@
 """Data sets that are image files in a folder: rows of file and class by split, and what all of them are opened as."""
 import csv
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -161,3 +162,9 @@ def _probe(rows, skip_broken):
     if not facts:
         raise ValueError(f"none of {len(paths)} images decodes, the first is {paths[0]}")
     return facts
+
+
+def digest(parts, folder):
+    """Which files of a folder the parts hold, as a digest; empty where they hold none."""
+    names = [[os.path.relpath(path, folder) for path in part.paths] for part in parts if isinstance(part, ImageFiles)]
+    return hashlib.sha256(repr(names).encode()).hexdigest() if names else ""

@@ -1,5 +1,6 @@
 """Reconstruct image files of any size with a trained VQ-VAE: originals beside their reconstructions."""
 import math
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def list_sources(paths):
     sources = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [(file, Path(path.name) / file.relative_to(path)) for file in find_images(path)[0]]
+            inside = [(file, Path(path.resolve().name) / file.relative_to(path)) for file in find_images(path)[0]]
             if not inside:
                 raise ValueError(f"no images under {path}")
             sources += inside
@@ -81,9 +82,10 @@ def name_targets(sources, output):
         ValueError: two would be one file still, or one would replace an image that is read or lies beside one.
     """
     names = [name.with_suffix(".png") for _, name in sources]
+    count = Counter(names)
     inputs, taken = {path.resolve() for path, _ in sources}, {}
     for (path, name), target in zip(sources, names):
-        target = output / (name.with_name(f"{name.name}.png") if names.count(target) > 1 else target)
+        target = output / (name.with_name(f"{name.name}.png") if count[target] > 1 else target)
         if target in taken:
             raise ValueError(f"{taken[target]} and {path} would both be reconstructed as {target}: do them apart")
         if target.resolve() in inputs:

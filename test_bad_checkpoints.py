@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+import compare
 from conftest import call
 from test_bad_input import EVALUATE, RECONSTRUCT, SMALL, check, folder, trained  # noqa: F401 (fixtures)
 
@@ -87,6 +88,15 @@ def test_a_folder_that_gained_an_image_holds_out_others(folder):  # noqa: F811
     shutil.copytree(images, folder / "moved")
     shutil.copy(images / "7.png", images / "70.png")
     resumed = ("vqvae.py", *SMALL, "--data-folder", "images", "--output-folder", "a", "--resume", "--num-epochs", "2")
-    for command in (READERS["evaluate"], PRIOR, STACKED, resumed):
-        check(folder, command, "images has gained or lost images since the model was trained")
+    for command in (READERS["evaluate"], (*READERS["evaluate"], "--data-folder", "./images/"), PRIOR, STACKED, resumed):
+        check(folder, command, "since the model was trained, so that others are held out")
     assert call(folder, *READERS["evaluate"], "--data-folder", "moved")[0] == 0
+    fresh = ("vqvae.py", *SMALL, "--data-folder", "images", "--output-folder")
+    check(folder, ("vqvae.py", *SMALL, *resumed[-5:]), "was trained with")  # another data set, not other files
+    check(folder, (*fresh, "frozen", "--frozen-codebook", BEST), "hold out other images")
+    assert call(folder, *fresh, "b")[0] == 0
+    check(folder, (*EVALUATE, "models/b", "models/a"), "were trained on one folder with other files in it")
+    for run in "ab":
+        shutil.copytree(folder / "models" / run, folder / "models" / "sweep" / run)
+    with pytest.raises(ValueError, match="other files in it"):
+        compare.open_split([folder / "models" / "sweep" / run for run in "ba"], "valid", [])

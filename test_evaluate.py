@@ -12,7 +12,7 @@ import metrics
 from conftest import call, write_images
 from harness import checkpoint
 from modules import VectorQuantizedVAE
-from reconstruct import reach, reconstruct
+from reconstruct import list_sources, reach, reconstruct
 
 VQVAE = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",
          "--num-epochs", "1", "--device", "cpu", "--lr", "1e-3")
@@ -146,6 +146,7 @@ def test_files_whose_names_meet_are_told_apart(folder):
     assert code == 0, err
     assert sorted(path.name for path in (folder / "reconstructions" / "meet").iterdir()) == [
         "a.bmp.png", "a.png.png", "b.png"]
+    assert not any(".." in name.parts for _, name in list_sources([photos / ".."]))  # nor does one leave the output
 
 
 def test_reconstructs_files_of_every_kind(folder):

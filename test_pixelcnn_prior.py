@@ -224,6 +224,8 @@ def test_splits_without_the_training_classes_are_carved_from_train(folder, capsy
     parts = [set(batches.images.flatten().tolist()) for batches in of]
     assert "carved from train" in capsys.readouterr().out
     assert [len(part) for part in parts] == [32, 4, 4] and len(set.union(*parts)) == 40
+    with pytest.raises(ValueError, match="1 training images are too few"):
+        latents.split_latents(splits | {"train": (grids[:1], torch.zeros(1))}, args, "cpu", of_classes=True)
 
 
 def test_the_two_commands_of_mini_imagenet(tmp_path):

@@ -153,7 +153,8 @@ def run(main):
 def _is_lack_of_memory(error):
     """Whether an error says that the GPU or the machine has no room for a tensor, or that no machine has."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed"))
+        words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed",
+                                          "integer multiplication overflow"))
 
 
 # --- device, precision
