@@ -42,7 +42,7 @@ compare() {
 # How strong is a pixel loss at its best? Weight and learning rate of MSE and of L1; of the best, rates for longer.
 baselines() {
     compare baselines --preset baselines $DATA --num-epochs $SHORT
-    compare "baselines-$LONG" --losses $BASELINE,lr=1e-3 $BASELINE,lr=2e-3 $BASELINE,lr=4e-3 $DATA --num-epochs $LONG
+    compare "baselines-$LONG" --baseline $BASELINE --losses $BASELINE,lr=1e-3 $BASELINE,lr=4e-3 $DATA --num-epochs $LONG
 }
 
 # Flags of a training of so many epochs: the longer it is, the lower the learning rate that suits the baseline.
@@ -70,7 +70,7 @@ claim() {
 
 # What does more sharpness cost, and what does it bring?
 frontier() {
-    compare frontier --baseline $BASELINE --losses $MIX "$MIX,sharpen=0.6" "$MIX,root-ssim=0.8,sharpen=0.6" $(of $SHORT)
+    compare frontier --baseline $BASELINE --losses $MIX "$MIX,sharpen=0.3" "$MIX,root-ssim=0.8" $(of $SHORT)
 }
 
 # Does it hold in a wider network?
