@@ -384,7 +384,7 @@ RUN_FLAGS = [
     ("compare: flags for nobody", nothing, (*COMPARE, "mse", "--vqgan-flags", "--nonsense 3"), "--vqgan-flags are for"),
     *((f"compare: --output {name!r}", nothing, (*COMPARE, "mse", "--output", name), "--output: must be the name")
       for name in ("/tmp/x", "../x", ".", "", "models")),
-    ("evaluation into a file", nothing, (*EVALUATE, "models/a", "--output", "images/7.png"), "images/7.png is no folder"),
+    ("evaluation into a file", nothing, (*EVALUATE, "models/a", "--output", "images/7.png"), "7.png is no folder"),
     ("benchmark: into no folder", nothing, ("benchmark.py", "losses", "--output", "nowhere/x.json"), "is in no folder"),
     ("benchmark: no such subject", nothing, ("benchmark.py", "juggling"), "no such subject: juggling"),
 ]
