@@ -23,6 +23,9 @@ case ${1:-} in
 -* | "")
     sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2 ;;
+*" "*)
+    echo "study.sh: no space may stand in the path of the images: '$1'" >&2
+    exit 2 ;;
 *)
     DATA="--data-folder $1 --hidden-size 64"
     JUDGES="effnet-lite0 classifier" SEEDS=${SEEDS:-3} LENGTHS="4 12 30 60" SHORT=4 LONG=12 WIDTH=256

@@ -48,5 +48,7 @@ def test_questions_are_asked_by_name_and_usage_is_told(tmp_path):
     code, found, _ = commands(tmp_path, "--quick", ONLY="rates", MIX="l1,ssim=0.5")
     assert code == 0 and len(found) == 2 and "l1,ssim=0.5" in found[0]
     assert found[0][-6:] == ["--hidden-size", "32", "--num-epochs", "1", "--lr", "4e-3"]
+    code, found, err = commands(tmp_path, "my images")
+    assert code == 2 and not found and "no space" in err
     code, found, err = commands(tmp_path)
     assert code == 2 and not found and "./study.sh --quick" in err and "ONLY" in err
