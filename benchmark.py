@@ -308,9 +308,9 @@ def main():
     parser.add_argument("--output", type=cli.path, default="benchmark.json", help="JSON file (default %(default)s)")
     args = parser.parse_args()
     device, results = cli.pick_device(args.device), {}
-    unknown = set(args.subjects) - set(SUBJECTS)
     if not Path(args.output).parent.is_dir():
         raise ValueError(f"--output {args.output} is in no folder: make it first")
+    unknown = set(args.subjects) - set(SUBJECTS)
     if unknown:
         raise ValueError(f"no such subject: {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
     for subject in args.subjects or [name for name in SUBJECTS if device.type == "cuda" or "throughput" not in name]:

@@ -195,7 +195,7 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
         raise ValueError(f"{name} has no sequences of frames: boxing has, and a folder of numbered frames such as "
                          "clip/000001.png")
     missing = [split for split in SPLITS if split not in splits]
-    splits = _complete_clips(splits, missing) if source.in_order else _complete(splits, missing)
+    splits = _complete_clips(splits, missing) if source.in_order else complete(splits, missing)
     carved = folders.digest([splits[split][0] for split in missing], source.folder)
     if source.carved and not source.in_order and source.carved != carved:  # in order, whole clips are carved
         raise ValueError(f"files of {source.folder} were added, removed or renamed since the model was trained, so "
@@ -220,8 +220,12 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
     return Data(name, train, valid, test, channels, size, classes, carved)
 
 
-def _complete(splits, missing):
-    """Carve the splits that are missing from train, and put train in a fixed random order."""
+def complete(splits, missing):
+    """{split: (images or latents, labels)}: those missing carved from train, and train in a fixed random order.
+
+    Raises:
+        ValueError: train has too few.
+    """
     images, labels = splits["train"]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     carved = max(1, int(len(labels) * CARVED))

@@ -175,16 +175,10 @@ def _inherit(args, ckpt):
 
 def split_latents(splits, args, device, of_classes=False):
     """Train, valid and test batches of latents; of classes, splits with some that train lacks are carved from train."""
-    latents, labels = splits["train"]
-    known = set(labels.flatten().tolist())
+    known = set(splits["train"][1].flatten().tolist())
     if of_classes and any(not set(splits[split][1].tolist()) <= known for split in ("valid", "test")):
         print(f"valid and test have classes that train lacks: both are carved from train, {datasets.CARVED:.0%} each")
-        carved = max(1, int(len(labels) * datasets.CARVED))
-        if len(labels) <= 2 * carved:
-            raise ValueError(f"{len(labels)} training images are too few to carve valid and test from: add images")
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(datasets.SPLIT_SEED))
-        parts = dict(zip(("valid", "test", "train"), order.split([carved, carved, len(labels) - 2 * carved])))
-        splits = {split: (latents[part], labels[part]) for split, part in parts.items()}
+        splits = datasets.complete({"train": splits["train"]}, ["valid", "test"])
     latents, labels = splits["train"]
     splits = splits | {"train": (latents[:args.limit], labels[:args.limit])}
     batches = [LatentBatches(*splits[split], args.batch_size, device, shuffle=split == "train", seed=args.seed)

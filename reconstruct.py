@@ -84,13 +84,14 @@ def name_targets(sources, output):
     names = [name.with_suffix(".png") for _, name in sources]
     count = Counter(names)
     inputs, taken = {path.resolve() for path, _ in sources}, {}
+    beside = {path.parent for path in inputs}
     for (path, name), target in zip(sources, names):
         target = output / (name.with_name(f"{name.name}.png") if count[target] > 1 else target)
         if target in taken:
             raise ValueError(f"{taken[target]} and {path} would both be reconstructed as {target}: do them apart")
         if target.resolve() in inputs:
             raise ValueError(f"{target} is read and would be replaced: pass another --output than {output}")
-        if target.exists() and target.parent.resolve() in {source.parent for source in inputs}:
+        if target.exists() and target.parent.resolve() in beside:
             raise ValueError(f"{target} lies beside what is read and would be replaced: pass another --output than "
                              f"{output}")
         taken[target] = path
