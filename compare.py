@@ -123,8 +123,8 @@ def main():
 def open_split(runs, split, features):
     """A split of the data set of runs, networks by name that judge it, and what their figures depend on."""
     checkpoints = {run: checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS) for run in runs}
-    check_alike(checkpoints)
     ckpt = checkpoints[runs[0]]
+    ckpt["data"]["carved"] = check_alike(checkpoints)  # the first may be of before it was kept
     source = datasets.Source.of(ckpt)
     data = datasets.load(ckpt["data"]["name"], source, 128, cli.pick_device("auto"))
     networks = {name: open_network(name, data, source) for name in features}

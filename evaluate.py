@@ -49,7 +49,7 @@ def main():
         if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):
             raise ValueError(f"{path} was trained on {contents['data']['name']} {contents['data']['size']}, "
                              f"{first} on {facts['name']} {facts['size']}: evaluate them apart")
-    check_alike(checkpoints)
+    facts["carved"] = check_alike(checkpoints)  # the first may be of before it was kept
     source = datasets.Source.of(checkpoints[first], args.data_folder)
     data = datasets.load(facts["name"], source, args.batch_size, device, workers=args.num_workers)
     split, features = getattr(data, args.split), () if args.no_features else args.features

@@ -69,13 +69,16 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
 
 
 def check_alike(models):
-    """ValueError where one of the models has learnt what is held out for another: splits were carved from other files.
+    """What all of these models hold out, as `Data.carved` has it: empty where none says.
 
     Args:
         models: {name: contents of a checkpoint}.
+    Raises:
+        ValueError: one of them has learnt what is held out for another, its splits were carved from other files.
     """
     carved = {contents["data"]["carved"]: name for name, contents in models.items() if contents["data"].get("carved")}
     if len(carved) > 1:
         first, second, *_ = carved.values()
         raise ValueError(f"{first} and {second} were trained on one folder with other files in it, and hold out other "
                          "images, some of which the other has learnt: train one of them anew")
+    return next(iter(carved), "")

@@ -84,12 +84,15 @@ def test_results_that_are_a_list(folder):  # noqa: F811
 
 
 def test_a_folder_that_gained_an_image_holds_out_others(folder):  # noqa: F811
-    images = folder / "images"
+    images, changed = folder / "images", "since the model was trained, so that others are held out"
+    shutil.copytree(folder / "models" / "a", folder / "models" / "old")
+    change(folder, "data.carved", MISSING, "models/old/best.pt")
     shutil.copytree(images, folder / "moved")
     shutil.copy(images / "7.png", images / "70.png")
     resumed = ("vqvae.py", *SMALL, "--data-folder", "images", "--output-folder", "a", "--resume", "--num-epochs", "2")
     for command in (READERS["evaluate"], (*READERS["evaluate"], "--data-folder", "./images/"), PRIOR, STACKED, resumed):
-        check(folder, command, "since the model was trained, so that others are held out")
+        check(folder, command, changed)
+    check(folder, (*EVALUATE, "models/old", "models/a"), changed)
     assert call(folder, *READERS["evaluate"], "--data-folder", "moved")[0] == 0
     fresh = ("vqvae.py", *SMALL, "--data-folder", "images", "--output-folder")
     check(folder, ("vqvae.py", *SMALL, *resumed[-5:]), "was trained with")  # another data set, not other files
