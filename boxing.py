@@ -8,10 +8,10 @@ from PIL import Image
 
 from harness.checkpoint import write_atomic
 
-FRAMES = {"train": 32000, "valid": 1000, "test": 1000}
-SIZE, SKIP = 84, 4  # pixels a side; emulator frames between two that are kept
-HELD = (3, 40)  # least and most frames of a random action, log-uniform: one sees what it does, up to the ropes
-VERSION = 4  # of what the cache holds: a file of another is rendered anew
+FRAMES = {"train": 80000, "valid": 2000, "test": 2000}
+SIZE, SKIP = 84, 2  # pixels a side; emulator frames, 60 a second, from one that is kept to the next
+HELD = (6, 80)  # least and most frames of a random action, log-uniform: one sees what it does, up to the ropes
+VERSION = 5  # of what the cache holds: a file of another is rendered anew
 ACTIONS = ["noop", "fire", "up", "right", "left", "down", "upright", "upleft", "downright", "downleft", "upfire",
            "rightfire", "leftfire", "downfire", "uprightfire", "upleftfire", "downrightfire", "downleftfire"]
 MARK = f"boxing-{SIZE}.npz"

@@ -40,7 +40,7 @@ def parse_args():
                        "right,right,left, or those recorded (default %(default)s)")
     group.add_argument("--starts", type=cli.positive_int, default=4, metavar="N",
                        help="places in the test split to start from (default %(default)s)")
-    group.add_argument("--fps", type=cli.positive_int, default=15,
+    group.add_argument("--fps", type=cli.positive_int, default=30,
                        help=f"of the GIF, about, as a frame lasts whole hundredths of a second; at most {MOST_FPS} "
                        "(default %(default)s)")
     latents.add_drawing_arguments(group)
