@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import datasets
 import metrics
 import mixes
-from evaluation import check_alike, measure, reported
+from evaluation import held_out, measure, reported
 from features import FEATURES, OWN_JUDGE, Judge, open_network, trained_through
 from harness import checkpoint, cli, report
 from losses import TERMS
@@ -124,8 +124,8 @@ def open_split(runs, split, features):
     """A split of the data set of runs, networks by name that judge it, and what their figures depend on."""
     checkpoints = {run: checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS) for run in runs}
     ckpt = checkpoints[runs[0]]
-    ckpt["data"]["carved"] = check_alike(checkpoints)  # the first may be of before it was kept
     source = datasets.Source.of(ckpt)
+    source.carved = held_out(checkpoints, source.folder)
     data = datasets.load(ckpt["data"]["name"], source, 128, cli.pick_device("auto"))
     networks = {name: open_network(name, data, source) for name in features}
     setting = {"version": VERSION, "split": split, "images": datasets.fingerprint(data.name, source),

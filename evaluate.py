@@ -6,7 +6,7 @@ import torch
 
 import datasets
 import metrics
-from evaluation import check_alike, measure, reported
+from evaluation import held_out, measure, reported
 from features import FEATURES, OWN_JUDGE, Judge, open_network, trained_through
 from harness import checkpoint, cli, report
 from harness.run import holds_run
@@ -49,8 +49,8 @@ def main():
         if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):
             raise ValueError(f"{path} was trained on {contents['data']['name']} {contents['data']['size']}, "
                              f"{first} on {facts['name']} {facts['size']}: evaluate them apart")
-    facts["carved"] = check_alike(checkpoints)  # the first may be of before it was kept
     source = datasets.Source.of(checkpoints[first], args.data_folder)
+    source.carved = held_out(checkpoints, source.folder)
     data = datasets.load(facts["name"], source, args.batch_size, device, workers=args.num_workers)
     split, features = getattr(data, args.split), () if args.no_features else args.features
     split.shuffle = False  # of train, every image

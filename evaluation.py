@@ -1,5 +1,6 @@
 """A model on a split, measured one way, whoever asks: training, evaluation or comparison."""
 import math
+import os
 from contextlib import nullcontext
 
 import torch
@@ -69,16 +70,20 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
 
 
 def check_alike(models):
-    """What all of these models hold out, as `Data.carved` has it: empty where none says.
+    """ValueError where one of the models has learnt what is held out for another: splits were carved from other files.
 
     Args:
         models: {name: contents of a checkpoint}.
-    Raises:
-        ValueError: one of them has learnt what is held out for another, its splits were carved from other files.
     """
     carved = {contents["data"]["carved"]: name for name, contents in models.items() if contents["data"].get("carved")}
     if len(carved) > 1:
         first, second, *_ = carved.values()
         raise ValueError(f"{first} and {second} were trained on one folder with other files in it, and hold out other "
                          "images, some of which the other has learnt: train one of them anew")
-    return next(iter(carved), "")
+
+
+def held_out(models, folder):
+    """What models, which are alike, hold out of a folder, as `Data.carved`: empty where none says so of this folder."""
+    check_alike(models)
+    return next((contents["data"]["carved"] for contents in models.values() if contents["data"].get("carved")
+                 and os.path.realpath(contents["args"]["data_folder"]) == os.path.realpath(folder)), "")

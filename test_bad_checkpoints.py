@@ -93,6 +93,9 @@ def test_a_folder_that_gained_an_image_holds_out_others(folder):  # noqa: F811
     for command in (READERS["evaluate"], (*READERS["evaluate"], "--data-folder", "./images/"), PRIOR, STACKED, resumed):
         check(folder, command, changed)
     check(folder, (*EVALUATE, "models/old", "models/a"), changed)
+    change(folder, "args.data_folder", "moved", "models/old/best.pt")
+    assert call(folder, *EVALUATE, "models/old", "models/a")[0] == 0  # on another folder than that of the digest
+    check(folder, (*EVALUATE, "models/old", "models/a", "--data-folder", "images"), changed)
     assert call(folder, *READERS["evaluate"], "--data-folder", "moved")[0] == 0
     fresh = ("vqvae.py", *SMALL, "--data-folder", "images", "--output-folder")
     check(folder, ("vqvae.py", *SMALL, *resumed[-5:]), "was trained with")  # another data set, not other files
