@@ -10,7 +10,7 @@ from harness.checkpoint import write_atomic
 
 FRAMES = {"train": 80000, "valid": 2000, "test": 2000}
 SIZE, SKIP = 84, 2  # pixels a side; emulator frames, 60 a second, from one that is kept to the next
-HELD = (6, 80)  # least and most frames of a random action, log-uniform: one sees what it does, up to the ropes
+HELD = (6, 80)  # least and most kept frames of a random action, log-uniform: one sees what it does, up to the ropes
 VERSION = 5  # of what the cache holds: a file of another is rendered anew
 ACTIONS = ["noop", "fire", "up", "right", "left", "down", "upright", "upleft", "downright", "downleft", "upfire",
            "rightfire", "leftfire", "downfire", "uprightfire", "upleftfire", "downrightfire", "downleftfire"]
