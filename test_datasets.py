@@ -179,16 +179,16 @@ def test_boxing_is_rendered_once_and_read_from_its_cache(tmp_path, monkeypatch):
 
 def test_boxing_in_order_has_the_same_frames_and_what_led_to_them(tmp_path, monkeypatch):
     pytest.importorskip("ale_py")
-    monkeypatch.setattr(boxing, "FRAMES", {"train": 300, "valid": 5, "test": 5})
+    monkeypatch.setattr(boxing, "FRAMES", {"train": 1000, "valid": 5, "test": 5})
     train = load("boxing", Source(str(tmp_path), in_order=True), 4).train
-    assert train.labels.shape == (300, 4) and torch.equal(train.labels[:, 2], torch.arange(300))
+    assert train.labels.shape == (1000, 4) and torch.equal(train.labels[:, 2], torch.arange(1000))
     action = train.labels[1:, 3]
     assert train.labels[0, 3] == 0 and action.max() < len(boxing.ACTIONS)
     held = torch.diff((action[1:] != action[:-1]).nonzero().squeeze(1))  # two equal draws in a row look like one
     assert len(held) > 5 and held.min() >= boxing.HELD[0] and held.max() > 2 * held.median()
     again = load("boxing", Source(str(tmp_path)), 4).train
     assert again.labels.ndim == 1 and again.images.sum() == train.images.sum()
-    frames, clips = boxing.render(300, seed=0)  # the same whoever plays
+    frames, clips = boxing.render(1000, seed=0)  # the same whoever plays
     assert np.array_equal(frames, train.images) and np.array_equal(clips, train.labels[:, 1:])
 
 
