@@ -1,10 +1,10 @@
 """A model on a split, measured one way, whoever asks: training, evaluation or comparison."""
 import math
-import os
 from contextlib import nullcontext
 
 import torch
 
+from datasets import Source
 from harness import distributed
 from metrics import IMAGE_METRICS, as_8bit, codebook_usage, color_bias
 
@@ -85,5 +85,5 @@ def check_alike(models):
 def held_out(models, folder):
     """What models, which are alike, hold out of a folder, as `Data.carved`: empty where none says so of this folder."""
     check_alike(models)
-    return next((contents["data"]["carved"] for contents in models.values() if contents["data"].get("carved")
-                 and os.path.realpath(contents["args"]["data_folder"]) == os.path.realpath(folder)), "")
+    carved = (Source.of(contents, folder).carved for contents in models.values() if contents["data"].get("carved"))
+    return next(filter(None, carved), "")
