@@ -78,8 +78,8 @@ def check_alike(models):
     carved = {contents["data"]["carved"]: name for name, contents in models.items() if contents["data"].get("carved")}
     if len(carved) > 1:
         first, second, *_ = carved.values()
-        raise ValueError(f"{first} and {second} were trained on one folder with other files in it, and hold out other "
-                         "images, some of which the other has learnt: train one of them anew")
+        raise ValueError(f"{first} and {second} were trained on other files, of one folder or of two, and hold out "
+                         "other images, some of which the other may have learnt: train both on one folder")
 
 
 def held_out(models, folder):
