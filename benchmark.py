@@ -308,8 +308,8 @@ def main():
     parser.add_argument("--output", type=cli.path, default="benchmark.json", help="JSON file (default %(default)s)")
     args = parser.parse_args()
     device, results = cli.pick_device(args.device), {}
-    if not Path(args.output).parent.is_dir():
-        raise ValueError(f"--output {args.output} is in no folder: make it first")
+    if not Path(args.output).parent.is_dir() or Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} must be a file in a folder that exists")
     unknown = set(args.subjects) - set(SUBJECTS)
     if unknown:
         raise ValueError(f"no such subject: {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
@@ -325,4 +325,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, many=False)

@@ -3,6 +3,7 @@ import os
 import shlex
 import signal
 import sys
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -89,10 +90,14 @@ def main():
     commands = {key: mixes.command_of(sweep.mixes[key[0]], key[1], flags, args.vqgan_flags) for key in runs}
     for key, run in runs.items():  # all of them, before the first is trained
         check(run, commands[key])
+    flags_of_first = Namespace(**mixes.meaning(next(iter(commands.values())))[1])
+    device = cli.pick_device(flags_of_first.device)
+    if not all((run / "results.json").exists() for run in runs.values()):
+        open_judges(flags_of_first, args.features, device)
     in_turn(ThreadPoolExecutor(args.jobs), args.jobs, "trained", runs,
             lambda key: (train, runs[key], commands[key], threads))
 
-    split, networks, setting = open_split(list(runs.values()), args.split, args.features)
+    split, networks, setting = open_split(list(runs.values()), args.split, args.features, device)
     figures = measure_runs(runs, split, networks, setting, args.jobs, threads)
     sweep.choose_baselines(figures)
     judged = [f"frechet_distance/{name}" for name in networks] + [f"sliced_wasserstein/{args.features[0]}"]
@@ -120,13 +125,23 @@ def main():
 
 # --- measuring
 
-def open_split(runs, split, features):
+def open_judges(flags, features, device):
+    """Fails before anything is trained where these networks cannot judge a data set; what they learn of it is kept."""
+    source = datasets.source_of(flags)
+    source.crop_scale = 1.  # as `datasets.Source.of` a run
+    data = datasets.load(flags.dataset, source, 128, device)
+    source.image_size = data.size
+    for name in features:
+        open_network(name, data, source)
+
+
+def open_split(runs, split, features, device):
     """A split of the data set of runs, networks by name that judge it, and what their figures depend on."""
     checkpoints = {run: checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS) for run in runs}
     ckpt = checkpoints[runs[0]]
     source = datasets.Source.of(ckpt)
     source.carved = held_out(checkpoints, source.folder)
-    data = datasets.load(ckpt["data"]["name"], source, 128, cli.pick_device("auto"))
+    data = datasets.load(ckpt["data"]["name"], source, 128, device)
     networks = {name: open_network(name, data, source) for name in features}
     setting = {"version": VERSION, "split": split, "images": datasets.fingerprint(data.name, source),
                "figures": [*metrics.IMAGE_METRICS, *TERMS],
@@ -339,4 +354,4 @@ def draw_picture(path, runs, split):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, many=False)

@@ -46,7 +46,8 @@ def add_arguments(parser):
 
 def add_folder_arguments(group):
     """Flags of where a data set is and how it is read."""
-    group.add_argument("--data-folder", type=cli.path, help="where the data set is, or is downloaded to")
+    group.add_argument("--data-folder", type=cli.path, help="where the data set is, or is downloaded to "
+                       "(default data, or that of the VQ-VAE)")
     group.add_argument("--no-download", action="store_true", help="fail where the data set is not on disk")
     group.add_argument("--skip-broken", action="store_true", help="go on without images that do not decode")
     group.add_argument("--limit", type=cli.positive_int, metavar="N", help="use N training images, for quick looks")

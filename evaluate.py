@@ -21,10 +21,11 @@ def parse_args():
                         help="checkpoints of vqvae.py, or folders of its runs")
     parser.add_argument("--data-folder", type=cli.path, help="(default the first model's)")
     parser.add_argument("--split", choices=datasets.SPLITS, default="test", help="(default %(default)s)")
-    parser.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
-                        help=f"of {', '.join(FEATURES)}: networks of the Fréchet, kernel and sliced Wasserstein "
-                        "distances (default effnet-lite0)")
-    parser.add_argument("--no-features", action="store_true", help="leave these distances out")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
+                       help=f"of {', '.join(FEATURES)}: networks of the Fréchet, kernel and sliced Wasserstein "
+                       "distances (default effnet-lite0)")
+    group.add_argument("--no-features", action="store_true", help="leave these distances out")
     parser.add_argument("--lpips", action="store_true", help="add LPIPS (torchmetrics; downloads its weights)")
     parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default %(default)s)")
     parser.add_argument("--num-workers", type=cli.whole, default=1, help="(default %(default)s)")
@@ -156,4 +157,4 @@ def cell(figures, key):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, many=False)

@@ -46,10 +46,10 @@ def add_arguments(parser, output_folder):
                        "codebook of moving averages, by gradient descent, ... (default %(default)s)")
     group.add_argument("--codebook", dest="quantizer", choices=("ema", "gradient"), default=argparse.SUPPRESS,
                        help=argparse.SUPPRESS)  # its name in older commands
-    group.add_argument("--codebook-decay", type=cli.not_negative, default=0.99, help="of the averages of a learnt "
+    group.add_argument("--codebook-decay", type=cli.share, default=0.99, help="of the averages of a learnt "
                        "codebook, as the next two no effect on others (default %(default)s)")
     group.add_argument("--no-codebook-init", action="store_true", help="start from random codes, not encoder outputs")
-    group.add_argument("--restart-below", type=cli.not_negative, default=0.02, metavar="SHARE",
+    group.add_argument("--restart-below", type=cli.share, default=0.02, metavar="SHARE",
                        help="restart codes used less than this share of uniform usage; 0 never (default %(default)s)")
     group.add_argument("--frozen-codebook", type=cli.path, metavar="PT", help="take encoder and codebook from this "
                        "checkpoint, say models/vqvae/best.pt, and train the decoder alone")

@@ -43,7 +43,7 @@ def l1(x_tilde, x):
 
 
 def psnr(x_tilde, x, ceiling=60.0):
-    """Shortfall of the peak signal-to-noise ratio from `ceiling` dB, as a share of it: in [0, 1], per image, averaged.
+    """Shortfall of the peak signal-to-noise ratio from 60 dB, as a share of them: in [0, 1], per image, averaged.
 
     log10(1 + MSE / e) / log10(1 + 1 / e) with e = 10^(-ceiling / 10), MSE on [0, 1]. About 1 - PSNR / ceiling.
     """
@@ -194,7 +194,7 @@ MS_GMSD_WEIGHTS, MS_GMSD_MASKING = (0.096, 0.596, 0.289, 0.019), 0.5
 
 
 def ms_gmsd(x_tilde, x):
-    """Root of the weighted mean square of GMSD over four halvings of the luma: about [0, 0.35] (Zhang et al. 2017).
+    """Root of the weighted mean square of GMSD over four scales of the luma: about [0, 0.35] (Zhang et al. 2017).
 
     Scales with a side under 3 pixels are left out and the weights renormalised.
     """

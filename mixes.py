@@ -3,10 +3,11 @@ import argparse
 from functools import cache
 
 import experiment
+import recipes
+import vqgan
 from harness import cli
 from losses import TERMS, ReconstructionLoss
 from quantizers import QUANTIZERS
-from recipes import RECIPES
 
 BASE = "mse"  # the recipe whose schedule every mix has that is no recipe itself
 VQGAN, RECIPE, SHARPEN = "vqgan", "recipe", "sharpen"
@@ -51,13 +52,13 @@ def parse_mix(text):
     mix = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name in RECIPES and name not in TERMS and not value and not mix:
+        if name in recipes.RECIPES and name not in TERMS and not value and not mix:
             mix[RECIPE] = name
             continue
         if name not in TERMS and name not in FLAGS:
-            recipes = sorted(set(RECIPES) - set(TERMS))
+            named = sorted(set(recipes.RECIPES) - set(TERMS))
             raise ValueError(f"no loss term {name!r} in {text!r}: the terms are {', '.join(TERMS)}; further names are "
-                             f"{', '.join(FLAGS)} and, first, the recipes {', '.join(recipes)}")
+                             f"{', '.join(FLAGS)} and, first, the recipes {', '.join(named)}")
         if name in mix:
             raise ValueError(f"{name} stands twice in {text!r}: give it once")
         flag, kind, usual = FLAGS.get(name, (None, cli.positive, 1.))
@@ -133,28 +134,27 @@ def command_of(mix, seed, flags, vqgan_flags):
     weights = [part for name in named for part in (f"--{name}-weight", _text(terms.get(name, mix.get(name, 0.))))]
     more = [part for name in FLAGS if name in mix for part in (FLAGS[name][0], _text(mix[name]))]
     script, own = ("vqgan.py", vqgan_flags) if VQGAN in mix else ("vqvae.py", [])
-    recipe = RECIPES[mix.get(RECIPE, BASE)].split()  # what it stands for today, so that a run of another day is told
+    # What the recipe stands for today, so that a run of another day is told.
+    recipe = recipes.RECIPES[mix.get(RECIPE, BASE)].split()
     return [script, *recipe, *flags, *own, *weights, *more, "--seed", str(seed)]
 
 
 @cache
-def _parser():
-    parser = cli.Parser(allow_abbrev=False)
-    experiment.add_arguments(parser, output_folder="run")
+def _parser(script):
+    parser = cli.Parser(prog=script, allow_abbrev=False)
+    if script == "vqgan.py":
+        vqgan.add_arguments(parser)
+    else:
+        experiment.add_arguments(parser, output_folder="vqvae")
     return parser
 
 
 def meaning(command):
-    """What a command of `command_of` trains: script, {flag: value} of vqvae.py, {flag: text} of vqgan.py's own.
+    """What a command of `command_of` trains: script, {flag: value}. A wrong flag ends the script.
 
-    Commands that mean the same are told apart by no way of writing them. A wrong flag ends the script.
+    Commands that mean the same are told apart by no way of writing them.
     """
     script, *flags = command
-    args, rest = _parser().parse_known_args(flags)
-    if args.recipe:  # a command of an earlier version
-        args, rest = _parser().parse_known_args([*RECIPES[args.recipe].split(), *flags])
-    if rest and script == "vqvae.py":
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    words = [word for part in rest for word in part.split("=", 1)]  # each flag of vqgan.py has one value
-    own = dict(zip(words[::2], words[1::2]))
-    return script, {name: value for name, value in vars(args).items() if name != "recipe"}, own
+    args = vars(recipes.parse_args(_parser(script), flags))
+    del args["recipe"]
+    return script, args

@@ -229,7 +229,7 @@ def fsq_levels(K):
         ValueError: K is below 3.
     """
     if K < 3:
-        raise ValueError(f"fsq needs at least 3 codes, got {K}")
+        raise ValueError(f"fsq needs at least 3 codes, got --k {K}")
     found, longer = [], [(level,) for level in range(3, 9)]
     while longer:
         found += longer

@@ -13,8 +13,8 @@ RECIPES = {
 
 
 def add_argument(parser):
-    parser.add_argument("--recipe", choices=RECIPES, help="stands for these flags, each of which may be given as well "
-                        "and then wins; " + "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items()))
+    parser.add_argument("--recipe", choices=RECIPES, help="stands for these flags; another value of one may be given "
+                        "as well, and wins; " + "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items()))
 
 
 def parse_args(parser, argv=None):

@@ -140,4 +140,4 @@ def reconstruct(model, x, tile):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, many=False)

@@ -121,8 +121,8 @@ def _kept(run):
 
 def _trained_by(command):
     """What `mixes.meaning` says of a command, whatever folder it goes to, and whether it goes on there."""
-    script, flags, own = mixes.meaning(command)
-    return script, {name: value for name, value in flags.items() if name not in PLACE}, own
+    script, flags = mixes.meaning(command)
+    return script, {name: value for name, value in flags.items() if name not in PLACE}
 
 
 def check(run, command):

@@ -105,4 +105,4 @@ def test_a_folder_that_gained_an_image_holds_out_others(folder):  # noqa: F811
     for run in "ab":
         shutil.copytree(folder / "models" / run, folder / "models" / "sweep" / run)
     with pytest.raises(ValueError, match="were trained on other files"):
-        compare.open_split([folder / "models" / "sweep" / run for run in "ba"], "valid", [])
+        compare.open_split([folder / "models" / "sweep" / run for run in "ba"], "valid", [], "cpu")

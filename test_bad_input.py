@@ -385,7 +385,8 @@ RUN_FLAGS = [
     *((f"compare: --output {name!r}", nothing, (*COMPARE, "mse", "--output", name), "--output: must be the name")
       for name in ("/tmp/x", "../x", ".", "", "models")),
     ("evaluation into a file", nothing, (*EVALUATE, "models/a", "--output", "images/7.png"), "7.png is no folder"),
-    ("benchmark: into no folder", nothing, ("benchmark.py", "losses", "--output", "nowhere/x.json"), "is in no folder"),
+    *((f"benchmark: --output {name}", nothing, ("benchmark.py", "losses", "--output", name), "in a folder that exists")
+      for name in ("nowhere/x", "images")),
     ("benchmark: no such subject", nothing, ("benchmark.py", "juggling"), "no such subject: juggling"),
 ]
 

@@ -118,6 +118,7 @@ OWN = [
      "--context 1000 is too many: pass at most 32"),
     ("video: too fast", nothing, (*VIDEO, "--rollout", "2", "--fps", "51"), "--fps 51 is too many: pass at most 50"),
     ("video: an action in training", nothing, (*VIDEO, "--action", "jump"), "--action jump is for a rollout"),
+    ("video: hot training", nothing, (*VIDEO, "--temperature", "2"), "--temperature 2.0 is for a rollout"),
     ("video: no such action", nothing, (*VIDEO, "--rollout", "2", "--action", "jump"), "this data set has no actions"),
     ("video: nothing to roll out", nothing, (*VIDEO, "--rollout", "2"), "no checkpoint at models/new/best.pt"),
     ("video: no starts", nothing, (*VIDEO, "--rollout", "2", "--starts", "0"), "--starts"),

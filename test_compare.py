@@ -79,6 +79,8 @@ def test_what_another_command_trained_is_refused(folder):
     (("--ssim-w", "3"), "unrecognized arguments"), (("--vqgan-flags", "--mse-weight 2"), "weights stand in a mix"),
     (("--vqgan-flags", "--disc-weight 0.1"), "weights stand in a mix"),
     (("--rates", "ssim=1"), "--rates takes"),
+    (("--baseline", "vqgan", "--vqgan-flags", "--disc-starts 1"), "unrecognized arguments: --disc-starts"),
+    (("--dataset", "photos", "--image-size", "16", "--features", "classifier"), "at least two classes"),
     (("--rates", "k=8"), "two or more different rates"),
     (("--rates", "k=8", "k=8"), "two or more different rates"),
     (("--baseline", "mse,k=4", "--rates", "k=8", "k=9"), "k stands in the mix mse,k=4 and in --rates"),

@@ -55,7 +55,7 @@ def test_presets():
 
 
 def test_a_command_trains_what_the_mix_says_and_a_mix_wins_over_the_flags():
-    script, flags, _ = mixes.meaning(mixes.command_of(
+    script, flags = mixes.meaning(mixes.command_of(
         mixes.parse_mix("ssim=0.5,sharpen=0.3,lr=1e-3"), 3, ["--lr", "1e-2", "--beta", "0.7"], ["--disc-start", "1"]))
     weights = {name: flags[f"{name.replace('-', '_')}_weight"] for name in TERMS}
     assert script == "vqvae.py" and weights == dict.fromkeys(TERMS, 0.) | {"ssim": 0.5}
@@ -64,7 +64,7 @@ def test_a_command_trains_what_the_mix_says_and_a_mix_wins_over_the_flags():
 
 
 def test_a_part_of_a_recipe_is_taken_out_and_the_rest_stays():
-    _, flags, _ = mixes.meaning(mixes.command_of(mixes.parse_mix("recommended,psnr=0,l1,sharpen=0"), 0, [], []))
+    _, flags = mixes.meaning(mixes.command_of(mixes.parse_mix("recommended,psnr=0,l1,sharpen=0"), 0, [], []))
     weights = {name: flags[f"{name.replace('-', '_')}_weight"] for name in TERMS}
     assert weights == dict.fromkeys(TERMS, 0.) | {"l1": 1., "root-ssim": 0.4, "chroma": 1.} and flags["sharpen"] == 0
 
@@ -72,7 +72,7 @@ def test_a_part_of_a_recipe_is_taken_out_and_the_rest_stays():
 @pytest.mark.parametrize("recipe", sorted(set(recipes.RECIPES) - set(TERMS)))
 def test_a_recipe_as_a_mix_is_the_script_with_that_recipe(recipe):
     parser = argparse.ArgumentParser()
-    experiment.add_arguments(parser, output_folder="run")
+    experiment.add_arguments(parser, output_folder="vqvae")
     plain = vars(recipes.parse_args(parser, ["--recipe", recipe, "--lr", "1e-3"]))
     flags = mixes.meaning(mixes.command_of(mixes.parse_mix(f"{recipe},lr=1e-3"), 0, [], []))[1]
     assert flags == {name: value for name, value in plain.items() if name != "recipe"}
@@ -81,10 +81,10 @@ def test_a_recipe_as_a_mix_is_the_script_with_that_recipe(recipe):
 def test_what_the_discriminator_needs_goes_to_vqgan_alone():
     mix = mixes.parse_mix("l1,vqgan=0.1,disc-start=0.8,perceptual=2")
     command = mixes.command_of(mix, 0, ["--k", "64"], ["--disc-layers", "3"])
-    script, flags, own = mixes.meaning(command)
-    assert script == "vqgan.py" and flags["k"] == 64
-    assert own == {"--disc-layers": "3", "--disc-weight": "0.1", "--disc-start": "0.8", "--perceptual-weight": "2"}
-    assert mixes.meaning(mixes.command_of({"l1": 1.}, 0, [], ["--disc-layers", "3"]))[2] == {}
+    script, flags = mixes.meaning(command)
+    assert script == "vqgan.py" and flags["k"] == 64 and flags["disc_layers"] == 3
+    assert (flags["disc_weight"], flags["disc_start"], flags["perceptual_weight"]) == (0.1, 0.8, 2.)
+    assert "disc_layers" not in mixes.meaning(mixes.command_of({"l1": 1.}, 0, [], ["--disc-layers", "3"]))[1]
 
 
 def test_flags_of_the_vqgan_alone_win_over_those_of_all():
@@ -107,5 +107,8 @@ def test_commands_are_equal_by_what_they_mean():
     new = mixes.command_of({"mse": 1.}, 0, [], [])
     assert mixes.meaning([*old, "--seed", "0"]) == mixes.meaning(new)
     assert mixes.meaning([*old, "--seed", "1"]) != mixes.meaning(new)
-    with pytest.raises(SystemExit):
-        mixes.meaning([*new, "--nonsense", "1"])
+    vqgan = mixes.command_of({"vqgan": 1.}, 0, [], ["--disc-start", "0.5"])
+    assert mixes.meaning(vqgan) == mixes.meaning(mixes.command_of({"vqgan": 1.}, 0, [], []))
+    for command in ([*new, "--nonsense", "1"], [*vqgan, "--disc-starts", "1"], [*vqgan, "--disc-start", "abc"]):
+        with pytest.raises(SystemExit):
+            mixes.meaning(command)

@@ -21,7 +21,7 @@ SHORTER = {
     "pixelcnn_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "2"],
     "stacked_vqvae.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1", "--codes", "2"],
     "video_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1"],
-    "evaluate.py": ["--no-features"], "class_agreement.py": ["--samples", "2"],
+    "class_agreement.py": ["--samples", "2"],
     "benchmark.py": ["--repeats", "1", "--device", "cpu", "prior-step"]}
 ELSEWHERE = ("make", "tensorboard", "python3", "pip", "./study.sh", "#SBATCH", "#!/bin/bash")
 DRAWN = {"--sample": ["--sample", "2"], "--rollout": ["--rollout", "2"]}  # with a trained model

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import mixes
+import recipes
 import sweep
 from conftest import HERE, at_work, write_images
 from harness import checkpoint
@@ -69,7 +70,7 @@ def test_a_run_of_a_recipe_that_has_changed_since_is_another(tmp_path, monkeypat
         return mixes.command_of({"recipe": "recommended"}, 0, [], [])
     checkpoint.save(tmp_path / "last.pt", "vqvae", {"counters": {"step": 1}, "command": command()})
     sweep.check(tmp_path, command())
-    monkeypatch.setitem(mixes.RECIPES, "recommended", f"{mixes.RECIPES['recommended']} --batch-size 32")
+    monkeypatch.setitem(recipes.RECIPES, "recommended", f"{recipes.RECIPES['recommended']} --batch-size 32")
     (tmp_path / "last.pt").rename(tmp_path / "best.pt")  # the other one removed to free the disk
     with pytest.raises(ValueError, match="other flags"):
         sweep.check(tmp_path, command())

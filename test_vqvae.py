@@ -153,7 +153,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(folder):
     (("--image-size", "20", "--ms-ssim-weight", "1"), "two scales"), (("--batch-size", "0"), "--batch-size"),
     (("--lr", "0"), "--lr"), (("--warmup-steps", "-1"), "--warmup-steps"), (("--num-workers", "x"), "--num-workers"),
     (("--device", "warp"), "--device warp"),
-    (("--dataset", "cifar10", "--no-download"), "--no-download forbids"), (("--restart-below", "2"), "[0, 1)")])
+    (("--dataset", "cifar10", "--no-download"), "--no-download forbids"),
+    (("--restart-below", "2"), "--restart-below: must be a share below 1")])
 def test_bad_input_is_one_clear_line_and_leaves_nothing(folder, flags, message):
     (folder / "empty").mkdir()
     code, _, err = run(folder, "--num-epochs", "1", *flags)

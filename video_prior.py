@@ -44,14 +44,16 @@ def parse_args():
                        help=f"of the GIF, about, as a frame lasts whole hundredths of a second; at most {MOST_FPS} "
                        "(default %(default)s)")
     latents.add_drawing_arguments(group)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for flag in ("action", "starts", "fps", "temperature", "top_k"):
+        if not args.rollout and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is for a rollout, training takes what was "
+                         "recorded: add --rollout, or leave it out")
+    return args
 
 
 def main():
     args = parse_args()
-    if args.action != RECORDED and not args.rollout:
-        raise ValueError(f"--action {args.action} is for a rollout, training takes the actions that were recorded: "
-                         "add --rollout, or leave --action out")
     for flag, value, most in (("--context", args.context, MOST_CONTEXT), ("--fps", args.fps, MOST_FPS)):
         if value > most:
             raise ValueError(f"{flag} {value} is too many: pass at most {most}")

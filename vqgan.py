@@ -12,8 +12,8 @@ DISCRIMINATOR_BETAS = (0.5, 0.9)
 EPS = 1e-4  # keeps the adaptive weight finite where the adversarial gradient vanishes
 
 
-def parse_args():
-    parser = cli.Parser(description=__doc__)
+def add_arguments(parser):
+    """Flags of vqvae.py and of what comes on top."""
     experiment.add_arguments(parser, output_folder="vqgan")
     group = parser.add_argument_group("adversarial and perceptual loss")
     group.add_argument("--disc-weight", type=cli.not_negative, default=experiment.DISC_WEIGHT, metavar="W",
@@ -29,11 +29,13 @@ def parse_args():
     group.add_argument("--perceptual-weight", type=cli.not_negative, default=0., metavar="W",
                        help="of a distance of EfficientNet-Lite0 features, pretrained (default %(default)g)")
     parser.set_defaults(monitor="last")  # no fixed metric sees what a discriminator adds: keep all of the training
-    return recipes.parse_args(parser)
 
 
 def main():
-    args = parse_args()
+    parser = cli.Parser(description=__doc__)
+    add_arguments(parser)
+    args = recipes.parse_args(parser)
+
     setup = experiment.Experiment(args)
     optimizer, criterion, device = setup.optimizer, setup.criterion, setup.device
     PatchDiscriminator.check_size(setup.data.size, args.disc_layers)

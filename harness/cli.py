@@ -5,6 +5,7 @@ Errors a user can mend are ValueError or OSError; `run` prints them as one line.
 import argparse
 import ctypes
 import math
+import os
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -101,7 +102,8 @@ def add_arguments(parser, output_folder, lr):
     group = parser.add_argument_group("optimization")
     group.add_argument("--batch-size", type=positive_int, default=128, help="of each process (default %(default)s)")
     group.add_argument("--accumulate", type=positive_int, default=1, metavar="N",
-                       help="update on the mean gradient of N batches, each of which moves the codebook's averages")
+                       help="update on the mean gradient of N batches; the "
+                       "averages of a codebook that is learnt move with each")
     group.add_argument("--num-epochs", type=positive_int, default=100, help="(default %(default)s)")
     group.add_argument("--minutes", type=positive, metavar="M",
                        help="train for so long, whatever --num-epochs says; the schedule follows the clock")
@@ -109,14 +111,15 @@ def add_arguments(parser, output_folder, lr):
     group.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
     group.add_argument("--warmup-steps", type=steps_or_share, default=0, metavar="N", help="of linear rise of the "
                        "learning rate; below 1, a share of the training (default %(default)s)")
-    group.add_argument("--seed", type=whole, default=0, help="of initial weights, order and flips "
-                       "(default %(default)s)")
+    group.add_argument("--seed", type=whole, default=0, help="of initial weights, order, flips and "
+                       "draws (default %(default)s)")
 
     group = parser.add_argument_group("run")
     group.add_argument("--output-folder", type=run_name, default=output_folder,
                        help="name of the run under models/ and logs/ (default %(default)s)")
-    group.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+    old = group.add_mutually_exclusive_group()
+    old.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    old.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                        help="auto is bf16 where the device has it in hardware")
@@ -124,13 +127,15 @@ def add_arguments(parser, output_folder, lr):
     group.add_argument("--log-every", type=positive_int, default=50, metavar="STEPS", help="(default %(default)s)")
 
 
-def run(main):
-    """Run a script's main, one process of many where torchrun started it.
+def run(main, many=True):
+    """Run a script's main, one process of many where torchrun started it; without `many` that is refused.
 
     What a user can mend is one line on stderr and exit status 2.
     """
     keep_freed_memory()
     try:
+        if not many and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this script is one process: start it with python, not with torchrun")
         distributed.start()
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

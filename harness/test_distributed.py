@@ -210,3 +210,10 @@ def test_restarts_of_a_killed_and_resumed_run_are_those_of_one_that_was_not(fold
         assert all(torch.equal(cut[part][key], value) for key, value in whole[part].items() if torch.is_tensor(value))
     for key, values in whole["optimizer"]["state"].items():
         assert all(torch.equal(cut["optimizer"]["state"][key][name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("script", ["evaluate", "compare", "reconstruct", "class_agreement", "benchmark"])
+def test_scripts_of_one_process_refuse_to_be_two(folder, script):
+    err = subprocess.run([sys.executable, str(HERE / f"{script}.py")], cwd=folder, text=True, capture_output=True,
+                         env=os.environ | {"WORLD_SIZE": "2"}).stderr
+    assert err == f"{script}.py: error: this script is one process: start it with python, not with torchrun\n"
