@@ -85,7 +85,11 @@ def open_classifier(data, source, folder="models", epochs=EPOCHS):
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
     path = Path(folder) / f"classifier-{digest}.pt"
     if path.exists():
-        model.load_state_dict(checkpoint.load(path, "classifier")["model"])
+        try:
+            with checkpoint.complete(path):
+                model.load_state_dict(checkpoint.load(path, "classifier")["model"])
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: delete it, and it is learnt anew") from error
         model = model.to(data.train.device, memory_format=torch.channels_last).eval()
     else:
         print(f"training a classifier of the {len(data.classes)} classes of {data.name}, kept in {path}", flush=True)

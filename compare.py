@@ -93,7 +93,7 @@ def main():
     flags_of_first = Namespace(**mixes.meaning(next(iter(commands.values())))[1])
     device = cli.pick_device(flags_of_first.device)
     if not all((run / "results.json").exists() for run in runs.values()):
-        open_judges(flags_of_first, args.features, device)
+        open_judges(flags_of_first, list(runs.values()), args.features, device)
     in_turn(ThreadPoolExecutor(args.jobs), args.jobs, "trained", runs,
             lambda key: (train, runs[key], commands[key], threads))
 
@@ -125,10 +125,16 @@ def main():
 
 # --- measuring
 
-def open_judges(flags, features, device):
-    """Fails before anything is trained where these networks cannot judge a data set; what they learn of it is kept."""
+def open_judges(flags, runs, features, device):
+    """Fails before anything is trained where networks cannot judge a data set, or where it is not that of earlier runs.
+
+    What a network learns of the data set, or downloads, is kept.
+    """
     source = datasets.source_of(flags)
     source.crop_scale = 1.  # as `datasets.Source.of` a run
+    trained = {run: checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS) for run in runs
+               if (run / "best.pt").exists()}
+    source.carved = held_out(trained, source.folder)
     data = datasets.load(flags.dataset, source, 128, device)
     source.image_size = data.size
     for name in features:
@@ -188,8 +194,10 @@ def measure_run(run):
     _, figures = measure(open_model(run, split), split, judges=_measuring["judges"],
                          extra={f"term/{name}": partial(term_of_images, TERMS[name]) for name in terms})
     figures["terms"] = {name: figures.pop(f"term/{name}") for name in terms}
-    cost = checkpoint.load_json(run / "results.json")
-    return figures | {name: cost[name] for name in ("ms_per_step", "peak_memory_mb", "train_seconds")} | {
+    with checkpoint.complete(run / "results.json"):
+        cost = checkpoint.load_json(run / "results.json")
+        figures |= {name: cost[name] for name in ("ms_per_step", "peak_memory_mb", "train_seconds")}
+    return figures | {
         "trained_through": trained_through(checkpoint.load(run / "best.pt", "vqvae")["args"])}
 
 

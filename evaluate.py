@@ -40,6 +40,9 @@ def main():
     folder = Path(args.output)
     if holds_run(folder):
         raise ValueError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
+    results_file = folder / "results.json"
+    if results_file.exists() and "setting" not in checkpoint.load_json(results_file):
+        raise ValueError(f"{results_file} is of no evaluation and would be replaced: name another --output")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is no folder: name another")
     device = cli.pick_device(args.device)
@@ -72,7 +75,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     setting = {"dataset": facts["name"], "size": facts["size"], "split": args.split, "images": len(split.labels),
                "features": {judge.name: judge.network.description for judge in judges}}
-    checkpoint.save_json(folder / "results.json", {"setting": setting, "models": results})
+    checkpoint.save_json(results_file, {"setting": setting, "models": results})
     print(table(results, setting))
     print(f"\npicture (originals, then {', '.join(results)}): {report.save_picture(folder / 'models.png', pictures)}")
 

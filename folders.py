@@ -47,7 +47,12 @@ def split_folders(root):
 
 def image_folder(source):
     root, rows = existing(source.folder), {}
-    folders = split_folders(root) or {"train": root}
+    folders = split_folders(root)
+    beside = [path for path in root.iterdir()
+              if path.is_dir() and path not in folders.values() and not path.name.startswith(".")]
+    if folders and beside:
+        print(f"left out what lies beside the folders of splits, such as {min(beside)}")
+    folders = folders or {"train": root}
     for (split, folder), paths in zip(folders.items(), find_images(*folders.values())):
         if not paths:
             raise ValueError(f"no images under {folder}: put image files there, or name another --data-folder")

@@ -87,8 +87,10 @@ class FirstStage:
         Raises:
             ValueError: the file is damaged, or is to be replaced while another process is at work in its folder.
         """
+        digest, kept = checkpoint.digest(self.args.model), {"key": ""}
+
         def key():
-            digest, images = checkpoint.digest(self.args.model), datasets.fingerprint(self.args.dataset, self.source)
+            images = datasets.fingerprint(self.args.dataset, self.source)
             return f"{digest} {images}" + " in order" * self.source.in_order
         if path.exists():
             try:
@@ -98,6 +100,7 @@ class FirstStage:
             if kept["key"] == key():
                 return kept["splits"]
         splits, images = {}, self.images()
+        resumed = self.args.resume and kept["key"].startswith(digest)  # of another VQ-VAE `start` refuses
         if not distributed.rank():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = lock(path.parent)  # the folder's as long as this object lives: its run takes it once more
@@ -106,6 +109,9 @@ class FirstStage:
             batches.shuffle = False
             encoded = [(self.encode(x).to(torch.int32).cpu(), label.cpu()) for x, label in batches]
             splits[split] = tuple(map(torch.cat, zip(*encoded)))
+            if resumed and not _alike(kept["splits"][split][0], splits[split][0]):
+                raise ValueError(f"{path.parent} was trained on other images than {self.source.folder} has now: put "
+                                 "them back as they were, or train anew (--overwrite)")
         checkpoint.save(path, "latents", {"key": key(), "splits": splits})  # opened, a data set may have been made anew
         return splits
 
@@ -155,6 +161,11 @@ class FirstStage:
         dimensions = self.data["channels"] * math.prod(self.data["size"])
         return {"nats_per_latent": nats, "perplexity": math.exp(min(nats, 700.)), "bits_per_latent": bits,
                 "bits_per_dim": bits * math.prod(self.shape) / dimensions}
+
+
+def _alike(old, new):
+    """Whether latents (N, h, w) are of the same images, but for what another device rounds otherwise."""
+    return old.shape == new.shape and float((old == new).float().mean()) > 0.9
 
 
 def _inherit(args, ckpt):

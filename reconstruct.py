@@ -20,6 +20,7 @@ def parse_args():
     parser.add_argument("images", nargs="+", type=cli.path, metavar="PATH", help="image files, and folders of them")
     parser.add_argument("--output", type=cli.path, default="reconstructions", metavar="FOLDER",
                         help="(default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are in it")
     parser.add_argument("--tile", type=cli.positive_int, default=1024, metavar="PIXELS",
                         help="reconstruct larger images in tiles of this side (default %(default)s)")
     parser.add_argument("--skip-broken", action="store_true", help="go on without files that do not decode")
@@ -32,7 +33,7 @@ def main():
     device = cli.pick_device(args.device)
     ckpt = checkpoint.load(args.model, "vqvae", {"data": {"channels": int}})
     model = VectorQuantizedVAE.rebuild(ckpt).to(device, memory_format=torch.channels_last)
-    sources = name_targets(list_sources(args.images), Path(args.output))
+    sources = name_targets(list_sources(args.images), Path(args.output), args.overwrite)
     rows, skipped = [], 0
     for path, target in sources:
         try:
@@ -75,25 +76,24 @@ def list_sources(paths):
     return sources
 
 
-def name_targets(sources, output):
+def name_targets(sources, output, overwrite):
     """[(image file, the file of its reconstruction)]: a PNG of its name, that keeps the ending where two share a name.
 
     Raises:
-        ValueError: two would be one file still, or one would replace an image that is read or lies beside one.
+        ValueError: two would be one file still, or one would replace an image that is read, or any file without
+            `overwrite`.
     """
     names = [name.with_suffix(".png") for _, name in sources]
     count = Counter(names)
     inputs, taken = {path.resolve() for path, _ in sources}, {}
-    beside = {path.parent for path in inputs}
     for (path, name), target in zip(sources, names):
         target = output / (name.with_name(f"{name.name}.png") if count[target] > 1 else target)
         if target in taken:
             raise ValueError(f"{taken[target]} and {path} would both be reconstructed as {target}: do them apart")
         if target.resolve() in inputs:
             raise ValueError(f"{target} is read and would be replaced: pass another --output than {output}")
-        if target.exists() and target.parent.resolve() in beside:
-            raise ValueError(f"{target} lies beside what is read and would be replaced: pass another --output than "
-                             f"{output}")
+        if target.exists() and not overwrite:
+            raise ValueError(f"{target} exists: pass --overwrite to replace it, or another --output than {output}")
         taken[target] = path
     return [(path, target) for target, path in taken.items()]
 

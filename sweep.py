@@ -122,6 +122,7 @@ def _kept(run):
 def _trained_by(command):
     """What `mixes.meaning` says of a command, whatever folder it goes to, and whether it goes on there."""
     script, flags = mixes.meaning(command)
+    flags["data_folder"] = os.path.realpath(flags["data_folder"] or "")
     return script, {name: value for name, value in flags.items() if name not in PLACE}
 
 
@@ -133,6 +134,8 @@ def check(run, command):
     mixes.meaning(command)
     if is_other(run, command) and checkpoint.load(_kept(run), "vqvae")["counters"]["step"]:
         raise ValueError(f"{run} was trained with other flags: give another --output, or remove it")
+    if (run / "best.pt").exists() and not (run / "last.pt").exists() and not (run / "results.json").exists():
+        raise ValueError(f"{run} was not done and has lost its last.pt: remove it, and it is trained anew")
 
 
 def train(run, command, threads):

@@ -299,7 +299,7 @@ TRAINED = [
     ("reconstruct: too large", bomb, (*RECONSTRUCT, "images/7.png"), "images/7.png does not decode"),
     ("reconstruct: two of one name", same_stem, (*RECONSTRUCT, "x/same", "y/same"), "y/same/a.png"),
     ("reconstruct: beside its input", another_ending, (*RECONSTRUCT, "images/7.jpg", "--output", "images"),
-     "images/7.png lies"),
+     "images/7.png exists: pass --overwrite"),
     ("reconstruct: one file twice", nothing, (*RECONSTRUCT, "images/7.png", "images/7.png"), "images/7.png"),
     ("reconstruct: onto itself", nothing, (*RECONSTRUCT, "images", "--output", "."), "images/0.png"),
     ("reconstruct: a file for a folder", file_data, (*RECONSTRUCT, "images/7.png", "--output", "data"), "data"),

@@ -5,6 +5,7 @@ import torch
 import classifier
 import datasets
 from datasets import Data, Source
+from harness import checkpoint
 from harness.batches import Batches
 
 
@@ -45,6 +46,17 @@ def test_classifier_learns_is_kept_and_depends_on_the_data_alone(tmp_path, monke
     cached = classifier.open_classifier(data, source, tmp_path, epochs=6)
     with torch.no_grad():
         torch.testing.assert_close(cached((x + 1) / 2), features)
+    data_of = kept.read_bytes()
+    for damaged in (b"", b"damaged"):
+        kept.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged: delete it"):
+            classifier.open_classifier(data, source, tmp_path, epochs=6)
+    kept.write_bytes(data_of)
+    contents = checkpoint.load(kept, "classifier")
+    del contents["model"]["logits.weight"]
+    checkpoint.save(kept, "classifier", contents)
+    with pytest.raises(ValueError, match="is damaged: delete it"):
+        classifier.open_classifier(data, source, tmp_path, epochs=6)
     (tmp_path / "images" / "two").write_bytes(b"22")  # other images: another classifier
     with pytest.raises(AssertionError, match="trained again"):
         classifier.open_classifier(data, source, tmp_path, epochs=6)

@@ -269,6 +269,17 @@ def test_splits_are_folders_of_any_case(tmp_path, names):
     assert str(data) == "data: folder, images: 12 train, 3 valid, 4 test, size: 8x8, channels: 3, classes: 1"
 
 
+def test_what_is_hidden_or_beside_the_splits_is_left_out(tmp_path, capsys):
+    for name, count in (("train/cat", 12), ("train/.thumbs", 3), ("test/cat", 4), (".git", 2)):
+        pictures(tmp_path / name, count)
+    data = open_folder(tmp_path)
+    assert data.classes == ["cat"] and len(data.train.labels) + len(data.valid.labels) == 12
+    assert "left out" not in capsys.readouterr().out
+    pictures(tmp_path / "car", 2)
+    open_folder(tmp_path)
+    assert f"left out what lies beside the folders of splits, such as {tmp_path / 'car'}" in capsys.readouterr().out
+
+
 def test_links_bring_no_image_in_twice_nor_from_another_split(tmp_path):
     for i, (name, count) in enumerate((("train/cat", 12), ("test/cat", 4), ("elsewhere", 3))):
         pictures(tmp_path / "data" / name, count, seed=i)

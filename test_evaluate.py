@@ -163,9 +163,10 @@ def test_reconstructs_files_of_every_kind(folder):
     assert picture.size == (2 * 33 + 3 * 4, 17 + 2 * 4)  # original | reconstruction, in a frame of 4 pixels
 
     (photos / "broken.png").write_bytes(b"broken")
-    code, _, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "photos")
+    again = ("reconstruct.py", "--model", "models/a/best.pt", "photos", "--overwrite")
+    code, _, err = call(folder, *again)
     assert code == 2 and "broken.png does not decode" in err
-    code, out, _ = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "photos", "--skip-broken")
+    code, out, _ = call(folder, *again, "--skip-broken")
     assert code == 0 and "skipped 1 broken images of 6" in out
     code, _, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "nowhere.png")
     assert code == 2 and "nowhere.png does not exist" in err

@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -202,6 +203,16 @@ def test_latents_are_encoded_again_when_the_vqvae_or_the_data_changes(folder):
     path.write_bytes(b"corrupt")
     code, _, err = train(folder, *flags)
     assert code != 0 and "latents.pt is damaged: delete it" in err
+
+
+def test_a_resumed_prior_is_refused_other_images_and_takes_the_same_elsewhere(folder):
+    flags = ("--output-folder", "moves")
+    assert train(folder, *flags, "--num-epochs", "1")[0] == 0
+    shutil.copytree(folder / "images", folder / "moved")
+    assert train(folder, *flags, "--num-epochs", "2", "--resume", "--data-folder", "moved")[0] == 0
+    shutil.copy(folder / "moved" / "a" / "0.png", folder / "moved" / "a" / "more.png")
+    code, _, err = train(folder, *flags, "--num-epochs", "3", "--resume", "--data-folder", "moved")
+    assert code != 0 and "models/moves was trained on other images than moved has now" in err
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder):

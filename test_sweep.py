@@ -92,8 +92,12 @@ def test_a_command_that_is_refused_leaves_known_what_was_trained(tmp_path, monke
         sweep.train(run, two, 1)
     checkpoint.save(run / "last.pt", "vqvae", contents)
     sweep.check(run, one)
+    sweep.check(run, ["images/" if part == "images" else part for part in one])
     with pytest.raises(ValueError, match="other flags"):
         sweep.check(run, two)
+    (run / "last.pt").unlink()
+    with pytest.raises(ValueError, match="lost its last.pt: remove it"):
+        sweep.check(run, one)
 
 
 def test_runs_have_the_same_names_in_a_job_of_slurm(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import threading
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ import torch
 from harness import distributed
 
 FORMAT = 1
+TEMPORARY = ".vqvae.tmp"  # ending of what is being written
 saved = []  # paths of a run's checkpoints that are written for sure, for what is said when this process fails
 FOLDER = 0x10  # the bit of a zip entry's attributes that makes it one
 _UNREADABLE = (OSError, zlib.error, struct.error, RuntimeError, pickle.UnpicklingError, EOFError, KeyError,
@@ -34,7 +36,7 @@ def write_atomic(path, data):
     if distributed.rank():
         return
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
     _remove_temporary_once(path.parent.resolve())
     try:
         with open(temporary, "wb") as file:
@@ -45,9 +47,10 @@ def write_atomic(path, data):
             os.fsync(file.fileno())
             os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror}; the file before it is kept, make room and go on with "
-                      "--resume") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}; the file before it is kept: make room or mend the "
+                      "folder, and run again (with --resume where it was training)") from error
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -144,7 +147,7 @@ def kind_of(path):
 
 def remove_temporary(folder):
     """Remove what writes that were killed left in a folder; those at work hold their file."""
-    for file in Path(folder).glob(".*.[0-9]*.tmp"):
+    for file in Path(folder).glob(f".[0-9]*{TEMPORARY}"):
         with suppress(OSError), open(file, "r+b") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.unlink()
@@ -169,7 +172,7 @@ def load_json(path, kind=dict):
         if not isinstance(values, kind):
             raise ValueError(f"it holds a {type(values).__name__}")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it or run again") from error
+        raise ValueError(f"{path} is damaged ({error}): delete it and run again") from error
     return values
 
 

@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 import sys
+from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -137,6 +138,8 @@ def run(main, many=True):
         if not many and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("this script is one process: start it with python, not with torchrun")
         distributed.start()
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not text
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
@@ -145,6 +148,9 @@ def run(main, many=True):
             text = f"process {distributed.rank()} lost the others ({str(error).strip().splitlines()[0]}): {last}"
         elif _is_lack_of_memory(error):
             text = f"there is too little memory for this ({text}): ask for less, say a smaller model, batch or image"
+        elif isinstance(error, BrokenExecutor) or "DataLoader worker" in text:
+            text = ("a process of this one was killed, perhaps for want of memory: run again (with --resume where it "
+                    "was training), with fewer --num-workers or --jobs")
         elif isinstance(error, RuntimeError):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)

@@ -47,7 +47,7 @@ class Curves:
 
     def hparams(self, flags, figures, step):
         """Add the flags of a run and what came of it, {tag: number}, in a file of their own as TensorBoard wants."""
-        plain = {name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        plain = {name: value if isinstance(value, (int, float, bool)) else str(value).encode(errors="replace").decode()
                  for name, value in flags.items()}
         apart = Curves(self.folder / HPARAMS, purge_step=0)  # a run has one such point, that of its last end
         for part in summary.hparams(plain, figures):

@@ -40,9 +40,11 @@ def find_files(*folders):
             continue
         seen.add(identity(folder))
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
             if os.path.isdir(entry.path):
                 (linked if entry.is_symlink() else real).append((number, entry.path))
-            elif os.path.isfile(entry.path) and not entry.name.startswith("."):
+            elif os.path.isfile(entry.path):
                 found[number].append(Path(entry.path))
             elif _is_image(entry.name):
                 odd.append(entry.path)

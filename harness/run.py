@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def check_folder(args, kind, reads=()):
         if checkpoint.resolve(path).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder} holds {path}, which this run reads: give another --output-folder")
     last, best = folder / "last.pt", folder / "best.pt"
-    if holds_run(folder) and not (args.resume or args.overwrite):
+    if (holds_run(folder) or (folder / "results.json").exists()) and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
                          "another --output-folder")
     held = checkpoint.kind_of(last) or checkpoint.kind_of(best)
@@ -98,7 +99,15 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._catch)
         self._logged = max(0, self.step - 1)  # step that curves are at: of the batch at hand, or of the last one
-        self.curves = None if distributed.rank() else curves.Curves(self.logs, self.step if self.resumed else None)
+        self.curves = None
+        if not distributed.rank():
+            old = [] if self.resumed else [*(self.models / name for name in ("last.pt", "best.pt", "results.json")),
+                                           *curves.files_of(self.logs)]
+            self.curves = curves.Curves(self.logs, self.step if self.resumed else None)
+            for file in old:  # now that nothing fails
+                file.unlink(missing_ok=True)
+        if not self.resumed:
+            checkpoint.save_json(self.models / "args.json", vars(args))
 
     def _open(self, may_change, renamed):
         """The checkpoint to go on from, or None."""
@@ -124,11 +133,6 @@ class Run:
             return resumed
         if self.args.resume:
             print(f"nothing to resume in {self.models}: starting anew")
-        if not distributed.rank():
-            for file in (*(self.models / name for name in ("last.pt", "best.pt", "results.json")),
-                         *curves.files_of(self.logs)):
-                file.unlink(missing_ok=True)
-        checkpoint.save_json(self.models / "args.json", args)
         return None
 
     def _catch(self, number, frame):
@@ -341,9 +345,10 @@ def lock(folder):
                          "stop it, or give another --output-folder") from None
     except OSError:
         return file  # a file system without locks
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    with suppress(OSError):  # a full disk, which is told where something is lost
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
     return file
 
 

@@ -36,7 +36,7 @@ def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
 
 
 def test_what_killed_writes_left_is_removed_and_what_is_being_written_is_not(tmp_path, monkeypatch):
-    left, held, others = (tmp_path / name for name in (".a.png.4711.tmp", ".b.png.4712.tmp", ".notes.tmp"))
+    left, held, others = (tmp_path / name for name in (".4711-1.vqvae.tmp", ".4712-1.vqvae.tmp", ".notes.2024.tmp"))
     left.write_bytes(b"half"), others.write_bytes(b"whatever a user keeps")
     with open(held, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

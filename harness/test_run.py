@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conftest import HERE, call, start, stop_after, write_images
 from harness import checkpoint, cli, distributed
+from harness.curves import Curves
 from harness.run import Run, lock
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size", "8",
@@ -115,7 +117,7 @@ def test_a_file_system_without_locks_is_used_all_the_same(folder, monkeypatch):
 
 def test_what_a_killed_write_left_is_removed(folder):
     (folder / "models" / "vqvae").mkdir(parents=True)
-    left = folder / "models" / "vqvae" / ".last.pt.4711.tmp"
+    left = folder / "models" / "vqvae" / ".4711-1.vqvae.tmp"
     left.write_bytes(b"half")
     assert run(folder, "--num-epochs", "1")[0] == 0 and not left.exists()
 
@@ -221,9 +223,37 @@ def test_a_full_disk_under_the_curves_ends_the_run_in_one_line(folder):
     checkpoint.load(folder / "models" / "vqvae" / "last.pt", "vqvae")
 
 
-def test_curves_in_a_folder_that_cannot_be_made(folder):
+def test_curves_in_a_folder_that_cannot_be_made_lose_no_earlier_run(folder):
+    assert run(folder, "--num-epochs", "1")[0] == 0
+    kept = {path.name: path.read_bytes() for path in (folder / "models" / "vqvae").iterdir() if path.name != ".lock"}
+    shutil.rmtree(folder / "logs")
     (folder / "logs").write_text("a file")
-    fails(run(folder), "cannot write the curves in logs/vqvae")
+    fails(run(folder, "--overwrite"), "cannot write the curves in logs/vqvae")
+    assert all((folder / "models" / "vqvae" / name).read_bytes() == data for name, data in kept.items())
+
+
+def test_a_resumed_run_is_refused_other_images(folder):
+    for name, count in (("train", 12), ("valid", 3), ("test", 3)):
+        (folder / "split" / name).mkdir(parents=True)
+        for i in range(count):
+            shutil.copy(folder / "images" / f"{i}.png", folder / "split" / name)
+    flags = ("--data-folder", "split", "--output-folder", "a")
+    assert run(folder, *flags, "--num-epochs", "1")[0] == 0
+    shutil.copy(folder / "images" / "12.png", folder / "split" / "train")
+    fails(run(folder, *flags, "--num-epochs", "2", "--resume"), "{'train': 12, 'valid': 3, 'test': 3} images")
+
+
+def test_an_evaluation_is_not_replaced_by_a_run_nor_anothers_file_by_an_evaluation(folder):
+    (folder / "models" / "ev").mkdir(parents=True)
+    results = folder / "models" / "ev" / "results.json"
+    results.write_text('{"mine": 1}')
+    fails(run(folder, "--output-folder", "ev"), "already holds a run")
+    assert run(folder, "--num-epochs", "1")[0] == 0
+    evaluation = ("evaluate.py", "--model", "models/vqvae", "--no-features", "--device", "cpu", "--output")
+    fails(call(folder, *evaluation, "models/ev"), "results.json is of no evaluation")
+    assert results.read_text() == '{"mine": 1}'
+    for _ in range(2):
+        assert call(folder, *evaluation, "evaluation")[0] == 0
 
 
 # --- the schedule
@@ -452,3 +482,19 @@ def test_errors_of_many_lines_are_shown_whole(capsys):
     with pytest.raises(SystemExit):
         cli.run(main)
     assert capsys.readouterr().err.endswith("error: first second: not to lose\n")
+
+
+@pytest.mark.parametrize("error", [BrokenProcessPool("abruptly"), RuntimeError("DataLoader worker (pid 7) exited")])
+def test_a_killed_helper_is_one_line(capsys, error):
+    def main():
+        raise error
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    err = capsys.readouterr().err
+    assert "was killed" in err and err.count("\n") == 1
+
+
+def test_a_flag_whose_text_is_not_utf_8_is_kept_with_the_figures(tmp_path):
+    written = Curves(tmp_path)
+    written.hparams({"data_folder": "caf\udce9"}, {"psnr": 1.}, 1)
+    assert list((tmp_path / "hparams").iterdir())
