@@ -61,6 +61,24 @@ def add_arguments(parser, output_folder):
                         "(default loss; mse under --balance, where the loss changes its unit; last in vqgan.py)")
 
 
+def add_adversarial_arguments(parser):
+    """Flags of vqgan.py beside those of vqvae.py."""
+    group = parser.add_argument_group("adversarial and perceptual loss")
+    group.add_argument("--disc-weight", type=cli.not_negative, default=DISC_WEIGHT, metavar="W",
+                       help="of the adversarial loss, on top of its adaptive weight (default %(default)s)")
+    group.add_argument("--disc-start", type=cli.steps_or_share, default=0.5, metavar="N", help="steps before the "
+                       "discriminator starts; below 1, a share of the training (default %(default)s)")
+    group.add_argument("--disc-cap", type=cli.positive, default=1e4, metavar="C",
+                       help="largest adaptive weight (default %(default)g)")
+    group.add_argument("--disc-hidden-size", type=cli.positive_int, default=64, help="(default %(default)s)")
+    group.add_argument("--disc-layers", type=cli.positive_int, default=2,
+                       help="halvings by the discriminator (default %(default)s, for 32x32; the paper has 3)")
+    group.add_argument("--disc-lr", type=cli.positive, help="(default --lr)")
+    group.add_argument("--perceptual-weight", type=cli.not_negative, default=0., metavar="W",
+                       help="of a distance of EfficientNet-Lite0 features, pretrained (default %(default)g)")
+    parser.set_defaults(monitor="last")  # no fixed metric sees what a discriminator adds: keep all of the training
+
+
 def weights_of(args):
     """{term: weight} that the flags give each term of the reconstruction loss."""
     return {name: getattr(args, f"{name.replace('-', '_')}_weight") for name in TERMS}

@@ -4,7 +4,6 @@ from functools import cache
 
 import experiment
 import recipes
-import vqgan
 from harness import cli
 from losses import TERMS, ReconstructionLoss
 from quantizers import QUANTIZERS
@@ -142,10 +141,9 @@ def command_of(mix, seed, flags, vqgan_flags):
 @cache
 def _parser(script):
     parser = cli.Parser(prog=script, allow_abbrev=False)
+    experiment.add_arguments(parser, output_folder="run")
     if script == "vqgan.py":
-        vqgan.add_arguments(parser)
-    else:
-        experiment.add_arguments(parser, output_folder="vqvae")
+        experiment.add_adversarial_arguments(parser)
     return parser
 
 

@@ -2,13 +2,13 @@
 import sys
 
 _SCHEDULE = "--batch-size 64 --lr 2e-3 --lr-schedule cosine --warmup-steps 0.1 --beta 0.1 --codebook-decay 0.97 --flip"
-_MIX = "--mse-weight 0 --root-ssim-weight 0.4 --chroma-weight 1 --fine-blocks 1"
+_MIX = "--mse-weight 0 --root-ssim-weight 0.4 --fine-blocks 1"
 
 RECIPES = {
     "ancestor": "--quantizer gradient --no-codebook-init --restart-below 0 --lr 2e-4 --beta 1",
     "mse": _SCHEDULE,
-    "recommended": f"{_SCHEDULE} {_MIX} --psnr-weight 1 --sharpen 0.6",
-    "recommended-photos": f"{_SCHEDULE} {_MIX} --l1-weight 1 --sharpen 0.3",
+    "recommended": f"{_SCHEDULE} {_MIX} --psnr-weight 1 --chroma-weight 1 --sharpen 0.6",
+    "recommended-photos": f"{_SCHEDULE} {_MIX} --l1-weight 1 --coarse-chroma-weight 2 --sharpen 0.3",
 }
 
 

@@ -72,7 +72,7 @@ def test_a_part_of_a_recipe_is_taken_out_and_the_rest_stays():
 @pytest.mark.parametrize("recipe", sorted(set(recipes.RECIPES) - set(TERMS)))
 def test_a_recipe_as_a_mix_is_the_script_with_that_recipe(recipe):
     parser = argparse.ArgumentParser()
-    experiment.add_arguments(parser, output_folder="vqvae")
+    experiment.add_arguments(parser, output_folder="run")
     plain = vars(recipes.parse_args(parser, ["--recipe", recipe, "--lr", "1e-3"]))
     flags = mixes.meaning(mixes.command_of(mixes.parse_mix(f"{recipe},lr=1e-3"), 0, [], []))[1]
     assert flags == {name: value for name, value in plain.items() if name != "recipe"}
