@@ -109,7 +109,7 @@ instead() (
 photographs() (
     JUDGES=effnet-lite0
     compare photographs --baseline $BASELINE --losses mse $PHOTO_MIX $MIX --seeds $SEEDS --data-folder "$PHOTOS" \
-        --image-size 128 --random-crop --hidden-size 64 --batch-size 16 --num-epochs 120
+        --image-size 128 --random-crop --hidden-size 64 --batch-size 8 --average-weights 0.99 --num-epochs 60
 )
 
 # Does it help the prior? The same PixelCNN on the codes of both: nats, the distance and the classes of its samples.

@@ -88,7 +88,9 @@ def in_turn(pool, jobs, done, runs, task):
                 hint = f", {_duration(statistics.mean(spent) * left / jobs)} to go" if spent and left else ""
                 print(f"{done} {number}/{len(runs)}: {key[0]}, seed {key[1]} "
                       f"({_duration(time.monotonic() - started)} so far{hint})", flush=True)
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
+                print("stopped: what is trained is kept, the same command goes on", file=sys.stderr)
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(_training):
                 process.terminate()  # it saves, and goes on when the comparison does

@@ -116,7 +116,8 @@ def test_training_ends_with_the_comparison_that_started_it(tmp_path, number):
     write_images(tmp_path, 40)
     process = subprocess.Popen([sys.executable, str(HERE / "compare.py"), "--losses", "mse", "--dataset", "folder",
                                 "--data-folder", "images", "--hidden-size", "8", "--batch-size", "8", "--device",
-                                "cpu", "--num-epochs", "100000"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+                                "cpu", "--num-epochs", "100000"], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
     run = tmp_path / "models" / "comparison" / "mse-seed0"
     try:
         wait_for(lambda: (run / "output.txt").exists() and "epoch 1/" in (run / "output.txt").read_text())
@@ -128,6 +129,7 @@ def test_training_ends_with_the_comparison_that_started_it(tmp_path, number):
         status = process.wait()
     wait_for(lambda: not any(alive(child) for child in trained))
     assert status == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
+    assert ("the same command goes on" in process.stderr.read()) == (number == signal.SIGTERM)
     left = checkpoint.load(run / "last.pt", "vqvae")["counters"]
     assert left["epoch"] < 100000 and (left["step"] >= 4 or number == signal.SIGKILL)
 
