@@ -139,6 +139,7 @@ def open_judges(flags, runs, features, device):
     source.image_size = data.size
     for name in features:
         open_network(name, data, source)
+    torch.cuda.empty_cache()
 
 
 def open_split(runs, split, features, device):

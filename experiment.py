@@ -115,18 +115,13 @@ class Experiment:
         check_folder(args, "vqvae", [args.frozen_codebook])  # and so does a folder in use
         source = datasets.source_of(args)
         last = run_folder("models", args) / "last.pt"
-        known = {}  # of the data set as it was when the run began
         if args.resume and last.exists():
             facts = checkpoint.load(last, "vqvae", datasets.FACTS)["data"]
-            known = facts if facts["name"] == args.dataset else {}
-            source.carved = known.get("carved", "")
+            source.carved = facts.get("carved", "") if facts["name"] == args.dataset else ""
         with distributed.rank_0_first():
             self.data = datasets.load(args.dataset, source, args.batch_size, self.device, args.flip, args.seed,
                                       args.limit, args.num_workers)
         print(self.data)
-        if known.get("images", self.data.facts()["images"]) != self.data.facts()["images"]:
-            raise ValueError(f"{last} was trained on {known['images']} images: put them back as they were, or train "
-                             "anew (--overwrite)")
         self.data.shard(distributed.rank(), distributed.world_size())
         VectorQuantizedVAE.check_size(self.data.size, args.downsample)
         if min(self.data.train.sizes()) == 1 and max(self.data.size) == args.downsample:
@@ -164,6 +159,9 @@ class Experiment:
             state["average"] = self.average
         self.run = Run("vqvae", self.args, self.device, state, datasets.MAY_CHANGE_ON_RESUME | {"recipe"},
                        [self.args.frozen_codebook], {"codebook": "quantizer"})
+        if self.run.resumed:
+            datasets.check_counts(self.run.resumed["path"], self.run.resumed["data"].get("images"),
+                                  self.data.facts()["images"])
         if self.args.compile:
             self.model.compile_networks(graphs=not more and graphs_fit(self.device, self.args.accumulate))
         self.network = distributed.wrap(self.model, self.device)

@@ -79,7 +79,9 @@ class FirstStage:
         """{split: (latents (N, h, w), labels (N,) or (N, 4))} for a run of `kind`, encoded once."""
         check_folder(self.args, kind, [self.args.model])
         with distributed.rank_0_first():
-            return self.read_or_encode(run_folder("models", self.args) / "latents.pt")
+            splits = self.read_or_encode(run_folder("models", self.args) / "latents.pt")
+        self.counts = [len(splits[split][0]) for split in SPLITS]
+        return splits
 
     def read_or_encode(self, path):
         """{split: (latents, labels)} from `path`, or encoded and kept there.
@@ -87,10 +89,8 @@ class FirstStage:
         Raises:
             ValueError: the file is damaged, or is to be replaced while another process is at work in its folder.
         """
-        digest, kept = checkpoint.digest(self.args.model), {"key": ""}
-
         def key():
-            images = datasets.fingerprint(self.args.dataset, self.source)
+            digest, images = checkpoint.digest(self.args.model), datasets.fingerprint(self.args.dataset, self.source)
             return f"{digest} {images}" + " in order" * self.source.in_order
         if path.exists():
             try:
@@ -100,7 +100,6 @@ class FirstStage:
             if kept["key"] == key():
                 return kept["splits"]
         splits, images = {}, self.images()
-        resumed = self.args.resume and kept["key"].startswith(digest)  # of another VQ-VAE `start` refuses
         if not distributed.rank():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = lock(path.parent)  # the folder's as long as this object lives: its run takes it once more
@@ -109,9 +108,6 @@ class FirstStage:
             batches.shuffle = False
             encoded = [(self.encode(x).to(torch.int32).cpu(), label.cpu()) for x, label in batches]
             splits[split] = tuple(map(torch.cat, zip(*encoded)))
-            if resumed and not _alike(kept["splits"][split][0], splits[split][0]):
-                raise ValueError(f"{path.parent} was trained on other images than {self.source.folder} has now: put "
-                                 "them back as they were, or train anew (--overwrite)")
         checkpoint.save(path, "latents", {"key": key(), "splits": splits})  # opened, a data set may have been made anew
         return splits
 
@@ -141,10 +137,12 @@ class FirstStage:
     def start(self, kind, model, optimizer, model_args, may_change):
         """Open the run of a model of these latents, or go on with it; returns it and the network to train."""
         args, vqvae = self.args, {"path": self.args.model, "digest": checkpoint.digest(self.args.model)}
-        state = {"model": model, "optimizer": optimizer, "model_args": model_args, "data": self.data, "vqvae": vqvae}
+        state = {"model": model, "optimizer": optimizer, "model_args": model_args, "data": self.data, "vqvae": vqvae,
+                 "images": self.counts}
         run = Run(kind, args, self.device, state, may_change | datasets.MAY_CHANGE_ON_RESUME | {"model"}, [args.model])
         if run.resumed:
             check_vqvae(run.resumed, args.model)
+            datasets.check_counts(run.resumed["path"], run.resumed.get("images"), self.counts)
         if args.compile:
             compile_forward(model, graphs_fit(self.device, args.accumulate))
         return run, distributed.wrap(model, self.device)
@@ -161,11 +159,6 @@ class FirstStage:
         dimensions = self.data["channels"] * math.prod(self.data["size"])
         return {"nats_per_latent": nats, "perplexity": math.exp(min(nats, 700.)), "bits_per_latent": bits,
                 "bits_per_dim": bits * math.prod(self.shape) / dimensions}
-
-
-def _alike(old, new):
-    """Whether latents (N, h, w) are of the same images, but for what another device rounds otherwise."""
-    return old.shape == new.shape and float((old == new).float().mean()) > 0.9
 
 
 def _inherit(args, ckpt):

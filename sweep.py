@@ -124,7 +124,7 @@ def _kept(run):
 def _trained_by(command):
     """What `mixes.meaning` says of a command, whatever folder it goes to, and whether it goes on there."""
     script, flags = mixes.meaning(command)
-    flags["data_folder"] = os.path.realpath(flags["data_folder"] or "")
+    flags["data_folder"] = flags["data_folder"] and os.path.realpath(flags["data_folder"])
     return script, {name: value for name, value in flags.items() if name not in PLACE}
 
 

@@ -6,11 +6,11 @@ import json
 import os
 import pickle
 import struct
-import threading
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from harness import distributed
 
 FORMAT = 1
 TEMPORARY = ".vqvae.tmp"  # ending of what is being written
+_number = count()
 saved = []  # paths of a run's checkpoints that are written for sure, for what is said when this process fails
 FOLDER = 0x10  # the bit of a zip entry's attributes that makes it one
 _UNREADABLE = (OSError, zlib.error, struct.error, RuntimeError, pickle.UnpicklingError, EOFError, KeyError,
@@ -36,7 +37,7 @@ def write_atomic(path, data):
     if distributed.rank():
         return
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
+    temporary = path.with_name(f".{os.getpid()}-{next(_number)}{TEMPORARY}")
     _remove_temporary_once(path.parent.resolve())
     try:
         with open(temporary, "wb") as file:

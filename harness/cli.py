@@ -148,7 +148,7 @@ def run(main, many=True):
             text = f"process {distributed.rank()} lost the others ({str(error).strip().splitlines()[0]}): {last}"
         elif _is_lack_of_memory(error):
             text = f"there is too little memory for this ({text}): ask for less, say a smaller model, batch or image"
-        elif isinstance(error, BrokenExecutor) or "DataLoader worker" in text:
+        elif isinstance(error, BrokenExecutor) or "DataLoader worker (pid" in text:
             text = ("a process of this one was killed, perhaps for want of memory: run again (with --resume where it "
                     "was training), with fewer --num-workers or --jobs")
         elif isinstance(error, RuntimeError):

@@ -50,7 +50,10 @@ def check_folder(args, kind, reads=()):
         if checkpoint.resolve(path).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder} holds {path}, which this run reads: give another --output-folder")
     last, best = folder / "last.pt", folder / "best.pt"
-    if (holds_run(folder) or (folder / "results.json").exists()) and not (args.resume or args.overwrite):
+    if (folder / "results.json").exists() and not holds_run(folder) and not args.overwrite:
+        raise ValueError(f"{folder} holds the results.json of something else: pass --overwrite to replace it, or "
+                         "another --output-folder")
+    if holds_run(folder) and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
                          "another --output-folder")
     held = checkpoint.kind_of(last) or checkpoint.kind_of(best)

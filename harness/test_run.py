@@ -240,14 +240,15 @@ def test_a_resumed_run_is_refused_other_images(folder):
     flags = ("--data-folder", "split", "--output-folder", "a")
     assert run(folder, *flags, "--num-epochs", "1")[0] == 0
     shutil.copy(folder / "images" / "12.png", folder / "split" / "train")
-    fails(run(folder, *flags, "--num-epochs", "2", "--resume"), "{'train': 12, 'valid': 3, 'test': 3} images")
+    fails(run(folder, *flags, "--num-epochs", "2", "--resume"), "trained on other images")
 
 
 def test_an_evaluation_is_not_replaced_by_a_run_nor_anothers_file_by_an_evaluation(folder):
     (folder / "models" / "ev").mkdir(parents=True)
     results = folder / "models" / "ev" / "results.json"
     results.write_text('{"mine": 1}')
-    fails(run(folder, "--output-folder", "ev"), "already holds a run")
+    for how in ((), ("--resume",)):
+        fails(run(folder, "--output-folder", "ev", *how), "holds the results.json of something else")
     assert run(folder, "--num-epochs", "1")[0] == 0
     evaluation = ("evaluate.py", "--model", "models/vqvae", "--no-features", "--device", "cpu", "--output")
     fails(call(folder, *evaluation, "models/ev"), "results.json is of no evaluation")
