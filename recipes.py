@@ -8,7 +8,7 @@ RECIPES = {
     "ancestor": "--quantizer gradient --no-codebook-init --restart-below 0 --lr 2e-4 --beta 1",
     "mse": _SCHEDULE,
     "recommended": f"{_SCHEDULE} {_MIX} --psnr-weight 1 --chroma-weight 1 --sharpen 0.6",
-    "recommended-photos": f"{_SCHEDULE} {_MIX} --l1-weight 1 --coarse-chroma-weight 2 --sharpen 0.3",
+    "recommended-photos": f"{_SCHEDULE} {_MIX} --l1-weight 1 --coarse-chroma-weight 40 --sharpen 0.3",
 }
 
 
