@@ -166,16 +166,6 @@ class Data:
                 f"classes: {len(self.classes) or 'none'}" + ", streamed from disk" * self.train.streams)
 
 
-def check_counts(path, known, now):
-    """ValueError where a run, of which a checkpoint lies at `path`, was trained on another number of images.
-
-    known, now: images by split; None where the checkpoint is too old to say.
-    """
-    if known not in (None, now):
-        raise ValueError(f"{path} was trained on other images ({known}) than there are now ({now}): put them back as "
-                         "they were, or train anew (--overwrite)")
-
-
 def fingerprint(name, source):
     """What a data set's images depend on, as text: changes when a file in its folder does."""
     description = [name, str(source.image_size), str(source.skip_broken)]

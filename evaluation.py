@@ -69,6 +69,16 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
     return values, figures
 
 
+def check_counts(path, known, now):
+    """ValueError where a run, of which a checkpoint lies at `path`, was trained on another number of images.
+
+    known, now: images by split; None where the checkpoint is too old to say.
+    """
+    if known not in (None, now):
+        raise ValueError(f"{path} was trained on other images ({known}) than there are now ({now}): put them back as "
+                         "they were, or train anew (--overwrite)")
+
+
 def check_alike(models):
     """ValueError where one of the models has learnt what is held out for another: splits were carved from other files.
 

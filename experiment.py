@@ -7,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import datasets
 import metrics
 import recipes
-from evaluation import check_alike, measure, reported
+from evaluation import check_alike, check_counts, measure, reported
 from harness import checkpoint, cli, distributed, report
 from harness.compiled import graphs_fit
 from harness.run import Run, check_folder, run_folder
@@ -160,8 +160,7 @@ class Experiment:
         self.run = Run("vqvae", self.args, self.device, state, datasets.MAY_CHANGE_ON_RESUME | {"recipe"},
                        [self.args.frozen_codebook], {"codebook": "quantizer"})
         if self.run.resumed:
-            datasets.check_counts(self.run.resumed["path"], self.run.resumed["data"].get("images"),
-                                  self.data.facts()["images"])
+            check_counts(self.run.resumed["path"], self.run.resumed["data"].get("images"), self.data.facts()["images"])
         if self.args.compile:
             self.model.compile_networks(graphs=not more and graphs_fit(self.device, self.args.accumulate))
         self.network = distributed.wrap(self.model, self.device)

@@ -6,6 +6,7 @@ import torch
 import datasets
 import metrics
 from datasets import SPLITS, Source
+from evaluation import check_counts
 from functions import cross_entropy
 from harness import checkpoint, cli, distributed
 from harness.batches import Batches
@@ -142,7 +143,7 @@ class FirstStage:
         run = Run(kind, args, self.device, state, may_change | datasets.MAY_CHANGE_ON_RESUME | {"model"}, [args.model])
         if run.resumed:
             check_vqvae(run.resumed, args.model)
-            datasets.check_counts(run.resumed["path"], run.resumed.get("images"), self.counts)
+            check_counts(run.resumed["path"], run.resumed.get("images"), self.counts)
         if args.compile:
             compile_forward(model, graphs_fit(self.device, args.accumulate))
         return run, distributed.wrap(model, self.device)

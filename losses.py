@@ -67,8 +67,7 @@ COARSE = 4  # pixels of a side
 def coarse_chroma(x_tilde, x):
     """Mean squared error of I and Q, averaged over 4x4 pixels: in [0, 1.3]. Keeps small coloured things from fading.
 
-    It asks for the colour of a place and leaves its pixels free; of colours that are seldom there, for the mean, where
-    an absolute error asks for the median, which is grey.
+    Of colours that are seldom there it asks for the mean, where an absolute error asks for the median: grey.
 
     Raises:
         ValueError: the images have no colour, or a side is smaller than 4 pixels.
