@@ -1,12 +1,11 @@
 """Frames of Atari Boxing, in order, with the actions that led to them: rendered once, kept in one file."""
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from harness.checkpoint import write_atomic
+from harness.checkpoint import write_with
 
 FRAMES = {"train": 80000, "valid": 2000, "test": 2000}
 SIZE, SKIP = 84, 2  # pixels a side; emulator frames, 60 a second, from one that is kept to the next
@@ -31,10 +30,8 @@ def load(folder):
         arrays = {"version": np.array(VERSION)}
         for seed, (split, count) in enumerate(FRAMES.items()):
             arrays[split], arrays[f"{split}-clips"] = render(count, seed)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(cache, buffer.getbuffer())
+        write_with(cache, lambda file: np.savez_compressed(file, **arrays))
         kept = _read(cache) or arrays  # of many processes, one writes
     return {split: (torch.from_numpy(kept[split]), torch.from_numpy(kept[f"{split}-clips"])) for split in FRAMES}
 

@@ -93,7 +93,12 @@ def main():
     flags_of_first = Namespace(**mixes.meaning(next(iter(commands.values())))[1])
     device = cli.pick_device(flags_of_first.device)
     if not all((run / "results.json").exists() for run in runs.values()):
-        open_judges(flags_of_first, list(runs.values()), args.features, device)
+        # What is no use as data or to the judges fails here; what they learn or download is kept.
+        source = datasets.source_of(flags_of_first)
+        source.crop_scale = 1.  # as `datasets.Source.of` a run
+        open_judged(flags_of_first.dataset, source,
+                    checkpoints_of(run for run in runs.values() if (run / "best.pt").exists()), args.features, device)
+        torch.cuda.empty_cache()
     in_turn(ThreadPoolExecutor(args.jobs), args.jobs, "trained", runs,
             lambda key: (train, runs[key], commands[key], threads))
 
@@ -125,31 +130,25 @@ def main():
 
 # --- measuring
 
-def open_judges(flags, runs, features, device):
-    """Fails before anything is trained where networks cannot judge a data set, or where it is not that of earlier runs.
+def checkpoints_of(runs):
+    """{run: contents of its best.pt}."""
+    return {run: checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS) for run in runs}
 
-    What a network learns of the data set, or downloads, is kept.
-    """
-    source = datasets.source_of(flags)
-    source.crop_scale = 1.  # as `datasets.Source.of` a run
-    trained = {run: checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS) for run in runs
-               if (run / "best.pt").exists()}
-    source.carved = held_out(trained, source.folder)
-    data = datasets.load(flags.dataset, source, 128, device)
+
+def open_judged(name, source, checkpoints, features, device):
+    """A data set, of which these checkpoints hold out the same, and networks by name that judge it."""
+    source.carved = held_out(checkpoints, source.folder)
+    data = datasets.load(name, source, 128, device)
     source.image_size = data.size
-    for name in features:
-        open_network(name, data, source)
-    torch.cuda.empty_cache()
+    return data, {name: open_network(name, data, source) for name in features}
 
 
 def open_split(runs, split, features, device):
     """A split of the data set of runs, networks by name that judge it, and what their figures depend on."""
-    checkpoints = {run: checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS) for run in runs}
+    checkpoints = checkpoints_of(runs)
     ckpt = checkpoints[runs[0]]
     source = datasets.Source.of(ckpt)
-    source.carved = held_out(checkpoints, source.folder)
-    data = datasets.load(ckpt["data"]["name"], source, 128, device)
-    networks = {name: open_network(name, data, source) for name in features}
+    data, networks = open_judged(ckpt["data"]["name"], source, checkpoints, features, device)
     setting = {"version": VERSION, "split": split, "images": datasets.fingerprint(data.name, source),
                "figures": [*metrics.IMAGE_METRICS, *TERMS],
                "networks": {name: network.description for name, network in networks.items()}}

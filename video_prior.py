@@ -1,6 +1,6 @@
 """Train a prior over the next frame's latents, given those before it and the action, and generate video with it."""
-import io
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -197,9 +197,8 @@ def roll_out(args, first, actions, device):
     videos = [first.decode(part.flatten(0, 1)).unflatten(0, part.shape[:2]).cpu()
               for part in (real[:, context:], drawn)]
     name = folder / f"rollout-{args.action.replace(',', '-')[:60]}"
-    buffer = io.BytesIO()
-    torch.save({"real": _bytes(videos[0]), "generated": _bytes(videos[1]), "actions": chosen.cpu()}, buffer)
-    checkpoint.write_atomic(f"{name}.pt", buffer.getbuffer())
+    contents = {"real": _bytes(videos[0]), "generated": _bytes(videos[1]), "actions": chosen.cpu()}
+    checkpoint.write_with(f"{name}.pt", partial(torch.save, contents))
     print(f"above real frames as the VQ-VAE has them, below generated: {save_gif(f'{name}.gif', videos, args.fps)}, "
           f"{save_strip(f'{name}.png', videos)}\n"
           f"real and generated frames, uint8 (N, T, C, H, W), and actions: {name}.pt")
@@ -213,9 +212,8 @@ def save_gif(path, videos, fps):
     """Save videos (N, T, C, H, W) in [0, 1], the first in a row above the second."""
     frames = [report.image_rows([video[:, t] for video in videos]) for t in range(videos[0].shape[1])]
     frames = [Image.fromarray(_bytes(frame).permute(1, 2, 0).numpy()) for frame in frames]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "gif", save_all=True, append_images=frames[1:], duration=10 * round(100 / fps), loop=0)
-    checkpoint.write_atomic(path, buffer.getbuffer())
+    checkpoint.write_with(path, partial(frames[0].save, format="gif", save_all=True, append_images=frames[1:],
+                                        duration=10 * round(100 / fps), loop=0))
     return path
 
 

@@ -9,7 +9,7 @@ import struct
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 
@@ -59,11 +59,16 @@ def write_atomic(path, data):
         os.close(directory)
 
 
+def write_with(path, write):
+    """Write what write(file) puts into a file of bytes, as `write_atomic` does."""
+    buffer = io.BytesIO()
+    write(buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
 def save(path, kind, contents):
     """Save a dict of tensors and plain values as a checkpoint of `kind` ("vqvae", "prior", ...), atomically."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "kind": kind, **contents}, buffer)
-    write_atomic(path, buffer.getbuffer())
+    write_with(path, partial(torch.save, {"format": FORMAT, "kind": kind, **contents}))
 
 
 def resolve(path):

@@ -65,7 +65,7 @@ def identity(path):
 
 
 def _is_image(name):
-    return Path(name).suffix.lower() in Image.registered_extensions() and not name.startswith(".")
+    return Path(name).suffix.lower() in Image.registered_extensions()
 
 
 # --- decoding

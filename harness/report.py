@@ -31,9 +31,7 @@ def image_rows(rows, least_side=LEAST_SIDE):
 def save_picture(path, rows, least_side=LEAST_SIDE):
     """Save rows of images (N, C, H, W) in [0, 1] as a PNG; images smaller than `least_side` are enlarged."""
     from torchvision.utils import save_image
-    buffer = io.BytesIO()
-    save_image(image_rows(rows, least_side), buffer, "png")
-    checkpoint.write_atomic(path, buffer.getbuffer())
+    checkpoint.write_with(path, lambda file: save_image(image_rows(rows, least_side), file, "png"))
     return path
 
 
@@ -132,9 +130,7 @@ def draw_curves(path, curves, label, panels):
 
 
 def _save_figure(path, figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    checkpoint.write_atomic(path, buffer.getvalue())
+    checkpoint.write_with(path, lambda file: figure.savefig(file, format="png", dpi=100))
     return path
 
 
