@@ -208,6 +208,16 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
         torch.set_float32_matmul_precision(allowed)
 
 
+@pytest.mark.parametrize("amx, avx512_bf16, intel, precision", [
+    (True, True, True, "bf16"), (False, True, True, "fp32"), (False, True, False, "bf16"), (False, False, False, "fp32")])
+def test_a_cpu_has_bf16_where_it_is_faster(monkeypatch, amx, avx512_bf16, intel, precision):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(cli, "_is_intel", lambda: intel)
+    with cli.autocast(torch.device("cpu"), "auto")():
+        assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+
+
 def test_the_prior_and_the_discriminator_stay_on_the_device(cuda):
     with cuda:
         prior, discriminator = GatedPixelCNN(16, 8, 3, 4), PatchDiscriminator(3, 8)

@@ -142,17 +142,18 @@ def _end_with(parent, _):
 
     The parent answers that signal: it saves, and needs the batches that are under way to get there.
     """
-    if os.getppid() != parent:  # dead already: nobody would notice
+    if os.getppid() != parent:  # dead already: the loader would not notice
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # elsewhere nothing tells who sent it
+    if hasattr(signal, "sigtimedwait"):  # elsewhere nothing tells who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told, args=(parent,), daemon=True).start()
 
 
 def _end_when_told(parent):
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    told = None
+    while os.getppid() == parent and not (told and told.si_pid == parent):  # the loader looks for the former too late
+        told = signal.sigtimedwait({signal.SIGTERM}, 1)
     os._exit(0)
 
 

@@ -147,21 +147,28 @@ def test_crops_and_flips_are_the_same_streamed_shared_and_resumed(tmp_path, monk
     assert all(torch.equal(torch.cat(parts), x) for parts, x in zip(zip(*shares, strict=True), alone[2:], strict=True))
 
 
-@pytest.mark.parametrize("when", ["starting", "at work"])
+@pytest.mark.parametrize("when", ["starting", "started", "at work"])
 def test_processes_that_decode_end_with_one_that_is_killed(when):
     """Else they would hold the pipes of a comparison, which waits for them."""
     code = f"""if True:
         import os, time
         import torch
+        from torch.utils.data._utils import worker
         from harness import images
 
-        def wait_for_the_end_of(parent):
-            os.write(1, b"starting\\n")  # at once: several do
-            while {when == "starting"} and os.getppid() == parent:
+        def wait_for_the_end_of(parent, now):
+            os.write(1, f"{{now}}\\n".encode())  # at once: several do
+            while "{when}" == now and os.getppid() == parent:
                 time.sleep(0.01)
 
+        class Watchdog(worker.ManagerWatchdog):  # a worker's last step before its work
+            def __init__(self, parent=os.getpid()):
+                wait_for_the_end_of(parent, "started")
+                super().__init__()
+
         torch.set_num_threads(2)
-        torch.set_num_threads = lambda _, parent=os.getpid(): wait_for_the_end_of(parent)  # a worker's first call
+        torch.set_num_threads = lambda _, parent=os.getpid(): wait_for_the_end_of(parent, "starting")  # its first call
+        worker.ManagerWatchdog = Watchdog
         images.MANY_FILES = 8
         images.decode = lambda path, *_: os.write(1, b"at work\\n") and torch.zeros(256, 256, 3).byte().numpy()
         images.ImageFiles([""] * 10 ** 6, (256, 256), 3).decode_all()"""
