@@ -209,7 +209,8 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
 
 
 @pytest.mark.parametrize("amx, avx512_bf16, intel, precision", [
-    (True, True, True, "bf16"), (False, True, True, "fp32"), (False, True, False, "bf16"), (False, False, False, "fp32")])
+    (True, True, True, "bf16"), (False, True, True, "fp32"), (False, True, False, "bf16"),
+    (False, False, False, "fp32")])
 def test_a_cpu_has_bf16_where_it_is_faster(monkeypatch, amx, avx512_bf16, intel, precision):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
