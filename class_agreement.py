@@ -2,17 +2,11 @@
 import torch
 
 import datasets
-from features import Judge, frechet_and_kernel_distance, open_network
+from features import Judge, frechet_and_kernel_distance, open_judged, open_network
 from harness import checkpoint, cli, report
 from latents import add_drawing_arguments, check_classes, check_vqvae
 from metrics import as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
-
-
-@torch.no_grad()
-def agreement(judge, features, labels):
-    """Share of features (N, D) that the judge's classifier gives their labels (N,)."""
-    return float((judge.network.logits(features).argmax(1) == labels).float().mean())
 
 
 def main():
@@ -35,8 +29,8 @@ def main():
         raise ValueError(f"{args.model} was trained on a data set without classes: there is nothing to agree on")
     check_vqvae(prior_ckpt, args.model)
     source = datasets.Source.of(ckpt, args.data_folder)
-    data = datasets.load(ckpt["data"]["name"], source, 128, device)
-    check_classes(data, classes, source.folder)
+    data, _ = open_judged(ckpt["data"]["name"], source, {args.model: ckpt}, (), device)
+    check_classes(data, classes, source.folder)  # before a classifier learns others
     judge = Judge("classifier", open_network("classifier", data, source), data.test)
 
     vqvae, prior = VectorQuantizedVAE.rebuild(ckpt).to(device), GatedPixelCNN.rebuild(prior_ckpt).to(device)
@@ -47,12 +41,12 @@ def main():
                  for label in labels.split(args.samples)]
         samples = torch.cat([judge.network(as_8bit(x)) for x in drawn])
         rebuilt = torch.cat([judge.network(as_8bit(vqvae(x)[0])) for x, _ in data.test])
-    rows = [["real test images", agreement(judge, judge.real, judge.labels), ""]]
+    rows = [["real test images", judge.agreement(judge.real, judge.labels), ""]]
     for name, features, of in (("their reconstructions", rebuilt, judge.labels),
                                (f"samples, {args.samples} a class", samples, labels)):
         distance = frechet_and_kernel_distance(features, judge.real)["frechet_distance"]
-        rows.append([name, agreement(judge, features, of), distance])
-    rows += [[f"  {name}", agreement(judge, *part), ""]
+        rows.append([name, judge.agreement(features, of), distance])
+    rows += [[f"  {name}", judge.agreement(*part), ""]
              for name, *part in zip(classes, samples.split(args.samples), labels.split(args.samples))]
     print(report.markdown_table(["judged by the classifier", "agreement", "Fréchet distance"], rows))
 

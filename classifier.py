@@ -63,8 +63,8 @@ class _Residual(nn.Module):
 def open_classifier(data, source, folder="models", epochs=EPOCHS):
     """The `Classifier` of a data set, in eval mode on its device: from the cache, or trained now and kept there.
 
-    The cache is folder/classifier-<digest>.pt; the digest names the images (`datasets.fingerprint`), split and recipe,
-    and stands in the network's `description`.
+    The cache is folder/classifier-<digest>.pt, whose digest names the images (`datasets.fingerprint`), split and
+    recipe; the one of its contents, which another machine may make another, stands in the network's `description`.
 
     Args:
         data: `datasets.Data`; its train split is learnt from. source: the `datasets.Source` it was opened from.
@@ -96,7 +96,8 @@ def open_classifier(data, source, folder="models", epochs=EPOCHS):
         model = train_classifier(data, epochs)
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(path, "classifier", {"model": model.state_dict(), "data": data.facts()})
-    model.description = f"a small residual network that learnt the classes of the training split ({digest})"
+    model.description = f"a small residual network that learnt the classes of the training split " \
+                        f"({checkpoint.digest(path)[:16]})"
     return model
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import datasets
 import metrics
 import mixes
-from evaluation import held_out, measure, reported
-from features import FEATURES, OWN_JUDGE, Judge, open_network, trained_through
+from evaluation import measure, reported
+from features import FEATURES, OWN_JUDGE, Judge, open_judged, trained_through
 from harness import checkpoint, cli, report
 from losses import TERMS
 from modules import VectorQuantizedVAE
@@ -104,8 +104,8 @@ def main():
 
     split, networks, setting = open_split(list(runs.values()), args.split, args.features, device)
     figures = measure_runs(runs, split, networks, setting, args.jobs, threads)
-    sweep.choose_baselines(figures)
     judged = [f"frechet_distance/{name}" for name in networks] + [f"sliced_wasserstein/{args.features[0]}"]
+    sweep.choose_baselines(figures, judged)
     note = (f"Measured on {args.split}: {len(split.labels)} images; seeds: {args.seeds}. Flags: "
             f"{' '.join([RECIPES[mixes.BASE], *flags])}, but for what a mix says itself"
             f"{'; of vqgan.py: ' * bool(args.vqgan_flags)}{' '.join(args.vqgan_flags)}. Judges, comparable within "
@@ -133,14 +133,6 @@ def main():
 def checkpoints_of(runs):
     """{run: contents of its best.pt}."""
     return {run: checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS) for run in runs}
-
-
-def open_judged(name, source, checkpoints, features, device):
-    """A data set, of which these checkpoints hold out the same, and networks by name that judge it."""
-    source.carved = held_out(checkpoints, source.folder)
-    data = datasets.load(name, source, 128, device)
-    source.image_size = data.size
-    return data, {name: open_network(name, data, source) for name in features}
 
 
 def open_split(runs, split, features, device):
@@ -282,7 +274,7 @@ def against_baselines(sweep, figures, judged, of_report):
 
 def delta_rates(sweep, figures, judged):
     """A row a mix: bits saved over the best baselines at equal quality, by seed."""
-    qualities = {"psnr": 1, "ssim": 1} | dict.fromkeys(judged, -1)  # 1 where larger is better
+    qualities = {"psnr": 1, "ssim": 1, "saturation_ratio": 1} | dict.fromkeys(judged, -1)  # 1 where larger is better
     rows = []
     for name, at in sweep.series.items():
         row = {"loss": name}

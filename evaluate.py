@@ -6,8 +6,8 @@ import torch
 
 import datasets
 import metrics
-from evaluation import held_out, measure, reported
-from features import FEATURES, OWN_JUDGE, Judge, open_network, trained_through
+from evaluation import measure, reported
+from features import FEATURES, OWN_JUDGE, Judge, open_judged, trained_through
 from harness import checkpoint, cli, report
 from harness.run import holds_run
 from modules import VectorQuantizedVAE
@@ -54,12 +54,12 @@ def main():
             raise ValueError(f"{path} was trained on {contents['data']['name']} {contents['data']['size']}, "
                              f"{first} on {facts['name']} {facts['size']}: evaluate them apart")
     source = datasets.Source.of(checkpoints[first], args.data_folder)
-    source.carved = held_out(checkpoints, source.folder)
-    data = datasets.load(facts["name"], source, args.batch_size, device, workers=args.num_workers)
-    split, features = getattr(data, args.split), () if args.no_features else args.features
+    data, networks = open_judged(facts["name"], source, checkpoints, () if args.no_features else args.features, device,
+                                 args.batch_size, args.num_workers)
+    split = getattr(data, args.split)
     split.shuffle = False  # of train, every image
     lpips = {"lpips": open_lpips()} if args.lpips else {}
-    judges = [Judge(name, open_network(name, data, source), split) for name in features]
+    judges = [Judge(name, network, split) for name, network in networks.items()]
 
     names = short_names(list(checkpoints))
     results, of_first, pictures = {}, {}, [metrics.as_8bit(split.examples(PICTURES))]

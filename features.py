@@ -13,7 +13,9 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+import datasets
 from classifier import open_classifier
+from evaluation import held_out
 
 CPU_BATCH = 16  # images at a time whose activations a processor's cache can hold: 2 to 3 times as fast as 128
 FEWEST = 4  # images that distances are measured of
@@ -91,6 +93,14 @@ def open_network(name, data, source):
     return network.to(data.train.device, memory_format=torch.channels_last)
 
 
+def open_judged(name, source, checkpoints, features, device, batch_size=128, workers=1):
+    """A data set, of which these checkpoints hold out the same, and networks by name that judge it."""
+    source.carved = held_out(checkpoints, source.folder)
+    data = datasets.load(name, source, batch_size, device, workers=workers)
+    source.image_size = data.size
+    return data, {name: open_network(name, data, source) for name in features}
+
+
 def trained_through(args):
     """Name of the network that a run's flags (a dict) had it trained through, or None."""
     return PERCEPTUAL if args.get("perceptual_weight") else None
@@ -125,10 +135,14 @@ class Judge:
         figures = frechet_and_kernel_distance(fake, self.real)
         figures["sliced_wasserstein"] = sliced_wasserstein(fake, self.real)
         if hasattr(self.network, "logits"):
-            for name, features in (("accuracy", fake), ("original_accuracy", self.real)):
-                right = self.network.logits(features).argmax(1) == self.labels
-                figures[name] = float(right.float().mean())
+            figures |= {"accuracy": self.agreement(fake, self.labels),
+                        "original_accuracy": self.agreement(self.real, self.labels)}
         return figures
+
+    @torch.no_grad()
+    def agreement(self, features, labels):
+        """Share of features (N, D) that the network, a classifier, gives their labels (N,)."""
+        return float((self.network.logits(features).argmax(1) == labels).float().mean())
 
 
 # --- distances between sets of features

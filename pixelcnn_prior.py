@@ -44,6 +44,8 @@ def main():
 
     # Data fail here, before an old run is replaced.
     train, valid, test = first.batches("prior", of_classes=bool(classes))
+    labels = train.labels.unique() if classes else None  # Mini-ImageNet's training images lack some
+    first.data = first.data | {"labels": labels.tolist() if classes else []}
     autocast = cli.autocast(device, args.precision)
     torch.manual_seed(args.seed)
     model_args = {"input_dim": first.K, "dim": args.hidden_size_prior, "n_layers": args.num_layers,
@@ -61,7 +63,7 @@ def main():
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)
         run.log({f"valid/{name}": value for name, value in values.items()})
         if (epoch + 1) % args.sample_every == 0:
-            images = draw_images(model, first, grid_labels(classes, device), args)
+            images = draw_images(model, first, grid_labels(labels), args)
             run.log_picture("samples", report.image_rows(images.split(COLUMNS)))
         run.print_epoch(values, improved)
 
@@ -70,8 +72,7 @@ def main():
     values = measure(model, test, first, autocast)
     usage = metrics.codebook_usage(torch.bincount(test.images.flatten().long(), minlength=first.K))
     usage["codebook_perplexity"] = usage.pop("perplexity")  # the first stage's; the prior has one of its own
-    labels = grid_labels(classes, device)
-    images = draw_images(model, first, labels, args)
+    images = draw_images(model, first, grid_labels(labels), args)
     run.log_picture("samples", report.image_rows(images.split(COLUMNS)))
     picture = save_samples(run.models / "samples.png", images)
     uniform = torch.randint(first.K, (MOST_ROWS * COLUMNS, *first.shape), device=device)
@@ -93,11 +94,9 @@ def measure(model, batches, first, autocast):
 
 # --- samples
 
-def grid_labels(classes, device):
-    """Labels of a picture of samples, `COLUMNS` of each of the first classes; a number of images without classes."""
-    if not classes:
-        return MOST_ROWS * COLUMNS
-    return torch.arange(min(len(classes), MOST_ROWS), device=device).repeat_interleave(COLUMNS)
+def grid_labels(labels):
+    """Labels of a picture of samples, `COLUMNS` of each of the first; a number of images where there are none."""
+    return MOST_ROWS * COLUMNS if labels is None else labels[:MOST_ROWS].repeat_interleave(COLUMNS)
 
 
 def draw_images(model, first, labels, args):
@@ -115,11 +114,15 @@ def save_samples(path, images):
 
 def sample(args, first):
     """Draw images from the prior in the output folder and save them as one picture."""
-    model, _ = first.trained("prior", GatedPixelCNN.rebuild)
+    model, ckpt = first.trained("prior", GatedPixelCNN.rebuild)
     labels = args.sample
     if first.classes:
-        labels = torch.arange(args.sample, device=first.device) % len(first.classes)
-        labels = torch.full_like(labels, args.label) if args.label is not None else labels.sort().values
+        seen = ckpt["data"].get("labels", range(len(first.classes)))  # older checkpoints name none
+        if args.label is not None and args.label not in seen:
+            raise ValueError(f"--label {args.label} ({first.classes[args.label]}) is a class without training images: "
+                             f"this prior knows {', '.join(map(str, seen))}")
+        seen = torch.tensor(seen if args.label is None else [args.label], device=first.device)
+        labels = seen[torch.arange(args.sample, device=first.device) % len(seen)].sort().values
     name = "sample.png" if args.label is None else f"sample-{args.label}.png"
     path = run_folder("models", args) / name
     print(f"samples: {save_samples(path, draw_images(model, first, labels, args))}")

@@ -1,5 +1,6 @@
 """The runs of a comparison: what is compared with what, and each trained once, resumed where it was cut off."""
 import ctypes
+import math
 import os
 import signal
 import statistics
@@ -47,11 +48,11 @@ class Sweep:
         self._candidates = [mixes.mix_name(mix) for mix in baselines]
         self.best = {rate: self.series[self._candidates[0]][rate] for rate in rates}  # until `choose_baselines`
 
-    def choose_baselines(self, figures):
-        """Of several baselines, take at each rate the one of the least mean Fréchet distance."""
+    def choose_baselines(self, figures, judged):
+        """Of several baselines, take at each rate the one of the least distance, the geometric mean of judges' keys."""
         for rate in self.rates:
             names = [self.series[name][rate] for name in self._candidates]
-            self.best[rate] = min(names, key=lambda name: self.mean(figures, name, "frechet_distance"))
+            self.best[rate] = min(names, key=lambda name: math.prod(self.mean(figures, name, key) for key in judged))
 
     def baseline_of(self, name):
         """Name of the baseline at the rate of a mix."""
@@ -72,17 +73,17 @@ class Sweep:
 # --- runs
 
 def in_turn(pool, jobs, done, runs, task):
-    """{key: result} of task(key) = (function, arguments...) for the keys of `runs`, with a line for each one done.
+    """Call task(key) = (function, arguments...) for the keys of `runs`, with a line for each one done.
 
     A line says how long the rest will take, once one has taken more than seconds.
     """
-    results, spent, started = {}, [], time.monotonic()
+    spent, started = [], time.monotonic()
     with pool:
         futures = {pool.submit(_timed, *task(key)): key for key in runs}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 key = futures[future]
-                results[key], seconds = future.result()
+                seconds = future.result()
                 spent += [seconds] if seconds > 1 else []
                 left = len(runs) - number
                 hint = f", {_duration(statistics.mean(spent) * left / jobs)} to go" if spent and left else ""
@@ -95,12 +96,12 @@ def in_turn(pool, jobs, done, runs, task):
             for process in list(_training):
                 process.terminate()  # it saves, and goes on when the comparison does
             raise
-    return {key: results[key] for key in runs}
 
 
 def _timed(function, *args):
     started = time.monotonic()
-    return function(*args), time.monotonic() - started
+    function(*args)
+    return time.monotonic() - started
 
 
 def _duration(seconds):
@@ -109,10 +110,8 @@ def _duration(seconds):
 
 def is_other(run, command):
     """Whether a run's folder holds what another command began to train: its checkpoint says which."""
-    known, kept = run / "command.json", _kept(run)
+    kept = _kept(run)
     began = checkpoint.load(kept, "vqvae").get("command") if kept else None
-    if kept and not began and known.exists():  # older checkpoints do not say, a file beside them does
-        began = checkpoint.load_json(known, list)
     return began is not None and _trained_by(began) != _trained_by(command)
 
 

@@ -150,13 +150,14 @@ def test_delta_rates_are_those_of_the_curves():
     figures = {}
     for seed in sweep.seeds:
         for bits, rate in enumerate(sweep.rates, 1):  # quality b at rate b: 90% of the bits, and one unit of distance
-            figures[f"mse,{rate}", seed] = {"bits_per_pixel": bits, "psnr": 20 + bits, "ssim": bits / 9, "d": 1 / bits}
+            figures[f"mse,{rate}", seed] = {"bits_per_pixel": bits, "psnr": 20 + bits, "ssim": bits / 9,
+                                            "saturation_ratio": bits / 3, "d": 1 / bits}
             figures[f"l1,{rate}", seed] = figures[f"mse,{rate}", seed] | {"bits_per_pixel": (0.9 - seed / 10) * bits,
                                                                           "ssim": 2 + bits}
     row = compare.delta_rates(sweep, figures, ["d"])[1]
     half = 12.706 * 5  # Student's t at one degree of freedom, of -10 and -20
-    assert row["loss"] == "l1" and row["% bits at equal psnr"] == row["% bits at equal d"] == (
-        f"-15 [{-15 - half:+.3g}, {-15 + half:+.3g}]")
+    for key in ("psnr", "saturation_ratio", "d"):
+        assert row["loss"] == "l1" and row[f"% bits at equal {key}"] == f"-15 [{-15 - half:+.3g}, {-15 + half:+.3g}]"
     assert "do not overlap" in row["% bits at equal ssim"]
 
 

@@ -261,7 +261,12 @@ def test_the_two_commands_of_mini_imagenet(tmp_path):
     kept = checkpoint.load(run / "latents.pt", "latents")["splits"]
     assert kept["train"][0].shape == (16, 32, 32) and kept["test"][1].tolist() == [4, 1]
     assert sorted(kept["train"][1].tolist()) == [0] * 4 + [2] * 4 + [5] * 8
-    assert json.loads((run / "results.json").read_text())["nats_per_latent"] > 0 and (run / "samples.png").exists()
+    assert json.loads((run / "results.json").read_text())["nats_per_latent"] > 0
+    assert Image.open(run / "samples.png").height == 3 * 132 + 4  # rows: ant, bee, wolf
+    flags = ("--model", "models/vqvae", "--output-folder", "models/pixelcnn_prior", *SMALL, "--sample", "4", "--label")
+    assert call(tmp_path, "pixelcnn_prior.py", *flags, "5")[0] == 0
+    code, _, err = call(tmp_path, "pixelcnn_prior.py", *flags, "4")
+    assert code != 0 and "--label 4 (dog) is a class without training images: this prior knows 0, 2, 5" in err
 
 
 def test_a_prior_without_classes_trains_unconditionally(folder):

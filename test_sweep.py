@@ -22,10 +22,11 @@ def test_each_rate_has_the_best_of_the_baselines_at_that_rate():
     runs = sweep.Sweep([{"ssim": 1.}], [{"mse": 1.}, {"mse": 5.}], ["k=8", "k=16"], 2)
     assert list(runs.mixes) == ["mse,k=8", "mse,k=16", "5mse,k=8", "5mse,k=16", "ssim,k=8", "ssim,k=16"]
     assert runs.mixes["ssim,k=8"] == {"ssim": 1., "k": 8} and runs.baseline_of("ssim,k=16") == "mse,k=16"
-    figures = {(name, seed): {"frechet_distance": 10. + seed} for name in runs.mixes for seed in runs.seeds}
+    figures = {(name, seed): {"frechet_distance": 10. + seed, "other": 1.}
+               for name in runs.mixes for seed in runs.seeds}
     figures["5mse,k=16", 0]["frechet_distance"] = 5.
     figures["ssim,k=16", 0]["frechet_distance"] = 2.
-    runs.choose_baselines(figures)
+    runs.choose_baselines(figures, ["frechet_distance", "other"])
     assert runs.baseline_of("ssim,k=8") == "mse,k=8" and runs.baseline_of("mse,k=16") == "5mse,k=16"
     assert runs.against_baseline(figures, "ssim,k=16", "frechet_distance", lambda a, b: a / b) == [0.4, 1.]
 
@@ -39,8 +40,7 @@ def test_what_is_done_is_told_with_the_time_that_is_left(monkeypatch):
         told.acquire()  # what was done before
         clock[0] += seconds
     runs = {("a", 0): 90., ("b", 0): 0., ("c", 0): 30.}
-    results = sweep.in_turn(ThreadPoolExecutor(1), 1, "slept", runs, lambda key: (sleep, runs[key]))
-    assert list(results) == list(runs)
+    sweep.in_turn(ThreadPoolExecutor(1), 1, "slept", runs, lambda key: (sleep, runs[key]))
     assert lines == ["slept 1/3: a, seed 0 (90 s so far, 3 min to go)",
                      "slept 2/3: b, seed 0 (90 s so far, 90 s to go)", "slept 3/3: c, seed 0 (2 min so far)"]
 
@@ -54,10 +54,9 @@ def test_one_failure_ends_the_rest():
 
 def test_a_command_that_never_trained_locks_nothing(tmp_path):
     one, two = (mixes.command_of({"mse": 1.}, 0, ["--lr", lr], []) for lr in ("1e-3", "2e-3"))
-    checkpoint.save_json(tmp_path / "command.json", one)
     sweep.check(tmp_path, two)
     for step in (0, 1):
-        checkpoint.save(tmp_path / "last.pt", "vqvae", {"counters": {"step": step}})
+        checkpoint.save(tmp_path / "last.pt", "vqvae", {"counters": {"step": step}, "command": one})
         sweep.check(tmp_path, one)
         if not step:
             sweep.check(tmp_path, two)

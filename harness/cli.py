@@ -221,9 +221,13 @@ def adam(parameters, lr, betas=(0.9, 0.999)):
 
 def autocast(device, precision):
     """A function that makes the context of the forward pass."""
-    if precision == "auto":
-        precision = "bf16" if _has_bf16(device) else "fp32"
-    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+    bf16 = pick_precision(device, precision) == "bf16"
+    return partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
+
+
+def pick_precision(device, precision):
+    """--precision, where auto stands for what suits the device."""
+    return ("bf16" if _has_bf16(device) else "fp32") if precision == "auto" else precision
 
 
 def _has_bf16(device):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from harness import checkpoint, curves, distributed
+from harness import checkpoint, cli, curves, distributed
 
 # All other flags define a run, but for those a script names.
 MAY_CHANGE_ON_RESUME = {"num_epochs", "minutes", "device", "resume", "overwrite", "log_every", "compile", "lr",
@@ -109,6 +109,7 @@ class Run:
             self.curves = curves.Curves(self.logs, self.step if self.resumed else None)
             for file in old:  # now that nothing fails
                 file.unlink(missing_ok=True)
+        args.precision = cli.pick_precision(device, args.precision)  # as the run's file and its checkpoints say
         if not self.resumed:
             checkpoint.save_json(self.models / "args.json", vars(args))
 
