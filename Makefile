@@ -10,7 +10,7 @@ help:  ## list the targets
 # The demonstration: 64x64 crops of photographs that ship with scikit-image, minutes on 2 CPU cores.
 train: $(READY)  ## train on photographs that ship with a dependency (set up on first use)
 	$(BIN)/python vqvae.py --recipe recommended-photos --dataset photos --hidden-size 64 --batch-size 32 --num-epochs 9 \
-	    --output-folder photos --overwrite
+	    --output-folder make-train --overwrite
 
 study: $(READY)  ## every question of RESULTS.md: make study DATA=folder PHOTOS=folder; days, goes on where it stopped
 	PYTHON=$(BIN)/python ./study.sh $(DATA) $(PHOTOS)

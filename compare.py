@@ -90,6 +90,8 @@ def main():
     commands = {key: mixes.command_of(sweep.mixes[key[0]], key[1], flags, args.vqgan_flags) for key in runs}
     for key, run in runs.items():  # all of them, before the first is trained
         check(run, commands[key])
+    tables_folder = folder if args.split == "valid" else folder / args.split
+    check_tables(tables_folder / "table.json", sweep.mixes)
     flags_of_first = Namespace(**mixes.meaning(next(iter(commands.values())))[1])
     device = cli.pick_device(flags_of_first.device)
     if not all((run / "results.json").exists() for run in runs.values()):
@@ -114,7 +116,6 @@ def main():
     tables = tables_of(sweep, figures, judged, note, args.preset == "report") | {
         "cosines": (gradient_cosines(open_model(runs[first, 0], split), split), "Mean cosine between the terms' "
                     f"gradients at the reconstructions of {first}, seed 0: 1 is one direction, -1 the opposite.")}
-    tables_folder = folder if args.split == "valid" else folder / args.split
     tables_folder.mkdir(exist_ok=True)
     for name in ("rates.csv", "rates.png", "ranks.csv"):  # not written each time
         (tables_folder / name).unlink(missing_ok=True)
@@ -126,6 +127,13 @@ def main():
           f"plot: {plot}")
     if len(sweep.rates) > 1:
         print(f"curves: {draw_rates(tables_folder / 'rates.png', sweep, figures, judged)}")
+
+
+def check_tables(path, names):
+    """ValueError where tables of another comparison would be replaced: of a mix whose name is none of these."""
+    others = {run["loss"] for run in checkpoint.load_json(path).get("runs", [])} - set(names) if path.exists() else ()
+    if others:
+        raise ValueError(f"{path} is of a comparison that has {min(others)}: give another --output, or that mix too")
 
 
 # --- measuring

@@ -35,6 +35,10 @@ def parse_args():
     return parser.parse_args()
 
 
+def _kind(facts):
+    return f"{facts['name']} {'x'.join(map(str, facts['size']))}"
+
+
 def main():
     args = parse_args()
     folder = Path(args.output)
@@ -51,8 +55,8 @@ def main():
     first, facts = next((path, contents["data"]) for path, contents in checkpoints.items())
     for path, contents in checkpoints.items():
         if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):
-            raise ValueError(f"{path} was trained on {contents['data']['name']} {contents['data']['size']}, "
-                             f"{first} on {facts['name']} {facts['size']}: evaluate them apart")
+            raise ValueError(f"{path} was trained on {_kind(contents['data'])}, {first} on {_kind(facts)}: "
+                             "evaluate them apart")
     source = datasets.Source.of(checkpoints[first], args.data_folder)
     data, networks = open_judged(facts["name"], source, checkpoints, () if args.no_features else args.features, device,
                                  args.batch_size, args.num_workers)

@@ -189,7 +189,7 @@ class Experiment:
         results = run.finish(values, reported())
         print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in reported()]))
         print(f"\n{results['ms_per_step']:.4g} ms a step, {run.seconds:.4g} s of training on {self.device}")
-        print(f"picture (original above, reconstruction below): {picture}\ncurves: tensorboard --logdir {run.logs}")
+        print(f"picture (original above, reconstruction below): {picture}\ncurves: {run.see_curves}")
 
     @torch.no_grad()
     def reconstruct(self, x):

@@ -34,6 +34,13 @@ def add_drawing_arguments(group):
     group.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
 
 
+def name_of_sample(args, *what):
+    """File name of a picture that is drawn with these flags, those that are not as usual in it."""
+    unusual = ((args.temperature != 1, f"temperature{args.temperature:g}"), (args.top_k, f"top{args.top_k}"),
+               (args.seed, f"seed{args.seed}"))
+    return "-".join(["sample", *what, *(text for given, text in unusual if given)]) + ".png"
+
+
 def check_vqvae(ckpt, path):
     """ValueError where a model, of which these are the contents, was trained on the codes of another VQ-VAE."""
     with checkpoint.complete(ckpt["path"]):

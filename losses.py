@@ -79,7 +79,7 @@ def coarse_chroma(x_tilde, x):
 
 def _chroma(x):
     if x.shape[1] != 3:
-        raise ValueError(f"chroma terms need images of 3 channels, got {x.shape[1]}")
+        raise ValueError(f"chroma terms need 3 channels, not {x.shape[1]}: --chroma-weight 0 --coarse-chroma-weight 0")
     return torch.einsum("bchw,kc->bkhw", x, constant(CHROMA, x.device))  # (B, 2, H, W)
 
 

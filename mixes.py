@@ -80,10 +80,9 @@ def parse_mix(text):
 
 def parse_rate(text):
     """"k=64" or "k=512,downsample=8" -> {name: value}. ValueError where it names anything but flags of the model."""
-    mix = parse_mix(text)
-    if not set(mix) <= {"k", "downsample", "hidden-size", "quantizer"}:
+    if not {part.partition("=")[0] for part in text.split(",")} <= {"k", "downsample", "hidden-size", "quantizer"}:
         raise ValueError(f"--rates takes k and downsample, hidden-size and quantizer, got {text!r}")
-    return mix
+    return parse_mix(text)
 
 
 def terms_of(mix):

@@ -82,7 +82,7 @@ def main():
     print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in names]))
     print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
           f"samples{', a row a class' if classes else ''}: {picture}\nfrom uniform codes: {chance}\n"
-          f"curves: tensorboard --logdir {run.logs}")
+          f"curves: {run.see_curves}")
 
 
 def measure(model, batches, first, autocast):
@@ -123,8 +123,8 @@ def sample(args, first):
                              f"this prior knows {', '.join(map(str, seen))}")
         seen = torch.tensor(seen if args.label is None else [args.label], device=first.device)
         labels = seen[torch.arange(args.sample, device=first.device) % len(seen)].sort().values
-    name = "sample.png" if args.label is None else f"sample-{args.label}.png"
-    path = run_folder("models", args) / name
+    what = [] if args.label is None else [str(args.label)]
+    path = run_folder("models", args) / latents.name_of_sample(args, *what)
     print(f"samples: {save_samples(path, draw_images(model, first, labels, args))}")
 
 

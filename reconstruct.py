@@ -34,23 +34,18 @@ def main():
     ckpt = checkpoint.load(args.model, "vqvae", {"data": {"channels": int}})
     model = VectorQuantizedVAE.rebuild(ckpt).to(device, memory_format=torch.channels_last)
     sources = name_targets(list_sources(args.images), Path(args.output), args.overwrite)
-    rows, skipped = [], 0
-    for path, target in sources:
-        try:
-            image = open_image(path, ckpt["data"]["channels"])
-        except BrokenImage:
-            if not args.skip_broken:
-                raise
-            skipped += 1
-            continue
+    whole = [pair for pair in sources if decodes(pair[0], args.skip_broken)]  # before one is written
+    rows = []
+    for path, target in whole:
+        image = open_image(path, ckpt["data"]["channels"])
         x_tilde = metrics.as_8bit(reconstruct(model, image.to(device), args.tile)).cpu()
         x = metrics.as_8bit(image)
         target.parent.mkdir(parents=True, exist_ok=True)
         report.save_picture(target, [torch.cat([x, x_tilde])], least_side=1)
         rows.append([str(target), f"{x.shape[2]}x{x.shape[3]}", *figures(x_tilde, x)])
-    print(report.markdown_table(["original | reconstruction", "size", "psnr", "ssim", "gradient_ratio"], rows))
-    if skipped:
-        print(f"skipped {skipped} broken images of {len(sources)}")
+    print(report.markdown_table(["original, reconstruction", "size", "psnr", "ssim", "gradient_ratio"], rows))
+    if len(whole) < len(sources):
+        print(f"skipped {len(sources) - len(whole)} broken images of {len(sources)}")
 
 
 def figures(x_tilde, x):
@@ -96,6 +91,17 @@ def name_targets(sources, output, overwrite):
             raise ValueError(f"{target} exists: pass --overwrite to replace it, or another --output than {output}")
         taken[target] = path
     return [(path, target) for target, path in taken.items()]
+
+
+def decodes(path, skip_broken):
+    """Whether an image file does; BrokenImage where it does not and may not be skipped."""
+    try:
+        decode(path)
+    except BrokenImage:
+        if not skip_broken:
+            raise
+        return False
+    return True
 
 
 def open_image(path, channels):

@@ -105,7 +105,7 @@ def main():
     print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
           f"originals, reconstructions of the first stage and from {args.codes} codes, free samples: {picture} "
           f"(PSNR is of these {SHOWN})\n"
-          f"curves: tensorboard --logdir {run.logs}")
+          f"curves: {run.see_curves}")
 
 
 def with_another(grids, labels, split):
@@ -169,9 +169,9 @@ def sample(args, first):
     generator = torch.Generator().manual_seed(args.seed)
     codes = model.draw_codes(args.sample, args.temperature, args.top_k, generator)
     images = first.decode(model.draw(codes, args.temperature, args.top_k, generator))
-    path = run_folder("models", args) / "sample.png"
+    path = run_folder("models", args) / latents.name_of_sample(args)
     print(f"samples: {report.save_picture(path, images.split(SHOWN))}")
-    _, picture = reconstruct(args, first, model, "sample-reconstructions.png")
+    _, picture = reconstruct(args, first, model, latents.name_of_sample(args, "reconstructions"))
     print(f"from their codes: {picture}")
 
 

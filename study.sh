@@ -10,6 +10,7 @@
 # them), VQGAN (the one that has the longer time), ONLY (some of the questions, say ONLY="lasts rates").
 set -eu
 unset SLURM_JOB_ID # it would be added to the names of runs, which later commands and a later job look for
+[ ! -x .venv/bin/python ] || PYTHON=${PYTHON:-.venv/bin/python}
 PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-mse=20} MIX=${MIX:-recommended}
 VQGAN=${VQGAN:-$BASELINE,vqgan=0.1}
 QUESTIONS="baselines parts lasts claim frontier width rates quantizers instead photographs prior"
@@ -33,6 +34,14 @@ case ${1:-} in
     PHOTOS=${2:-}
     [ -n "$PHOTOS" ] || QUESTIONS=$(echo "$QUESTIONS" | sed 's/photographs//') ;;
 esac
+
+for folder in ${1#--quick} ${PHOTOS:-}; do
+    [ -d "$folder" ] || { echo "study.sh: no folder $folder" >&2; exit 2; }
+done
+"$PYTHON" -c 'import torch' >/dev/null 2>&1 || {
+    echo "study.sh: $PYTHON has no torch: say PYTHON=... or set up .venv (README, Install)" >&2
+    exit 2
+}
 
 # compare NAME FLAG...: the tables of models/study/NAME, those of the test split in models/study/NAME/test.
 compare() {

@@ -134,7 +134,7 @@ def check(run, command):
     """
     mixes.meaning(command)
     if is_other(run, command) and checkpoint.load(_kept(run), "vqvae")["counters"]["step"]:
-        raise ValueError(f"{run} was trained with other flags: give another --output, or remove it")
+        raise ValueError(f"{run} was trained with other flags: give another --output")
     if (run / "best.pt").exists() and not (run / "last.pt").exists() and not (run / "results.json").exists():
         raise ValueError(f"{run} was not done and has lost its last.pt: remove it, and it is trained anew")
 

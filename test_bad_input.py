@@ -352,7 +352,7 @@ CHECKPOINTS = [
 RUN_FLAGS = [
     ("taken", nothing, (*IMAGES, "--output-folder", "a"), "models/a already holds a run"),
     ("taken, by its path", nothing, (*IMAGES, "--output-folder", "models/a/"), "models/a already holds a run"),
-    ("resumed otherwise", nothing, (*IMAGES, "--output-folder", "a", "--resume", "--beta", "7"), "now it is 7"),
+    ("resumed otherwise", nothing, (*IMAGES, "--output-folder", "a", "--resume", "--beta", "7"), "--beta 1.0 (now 7"),
     ("models is a file", a_file_for_models, IMAGES, "models"),
     ("absolute output", nothing, (*IMAGES, "--output-folder", "/tmp/x"), "--output-folder"),
     ("output upwards", nothing, (*IMAGES, "--output-folder", "../x"), "--output-folder"),

@@ -67,9 +67,11 @@ def test_a_sweep_trains_each_run_once_and_goes_on_where_it_stopped(folder):
 def test_what_another_command_trained_is_refused(folder):
     code, _, err = call(folder, "compare.py", "--losses", "mse", *FLAGS, "--k", "32")
     assert code == 2 and "other flags" in err
+    code, _, err = call(folder, "compare.py", "--losses", "mse", *FLAGS)
+    assert code == 2 and "a comparison that has l1+0.5ssim: give another --output" in err
     code, _, err = call(folder, "compare.py", "--losses", "mse", *FLAGS, "--output", "bad", "--lr", "0")
     assert code == 2 and "--lr" in err
-    code, _, err = call(folder, "compare.py", "--losses", "mse", *FLAGS, "--features", "classifier")
+    code, _, err = call(folder, "compare.py", "--losses", "l1=1,ssim=0.5", *FLAGS, "--features", "classifier")
     assert code == 2 and "--features classifier needs a data set with at least two classes" in err
 
 

@@ -162,7 +162,11 @@ def test_reconstructs_files_of_every_kind(folder):
     picture = Image.open(folder / "reconstructions" / "photos" / "odd.png")
     assert picture.size == (2 * 33 + 3 * 4, 17 + 2 * 4)  # original | reconstruction, in a frame of 4 pixels
 
+    assert "| original, reconstruction " in out
+
     (photos / "broken.png").write_bytes(b"broken")
+    code, _, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "photos", "--output", "none")
+    assert code == 2 and "broken.png does not decode" in err and not (folder / "none").exists()
     again = ("reconstruct.py", "--model", "models/a/best.pt", "photos", "--overwrite")
     code, _, err = call(folder, *again)
     assert code == 2 and "broken.png does not decode" in err

@@ -171,7 +171,7 @@ def test_a_run_leaves_its_table_pictures_and_latents_and_samples(folder):
     assert train(folder, "--num-epochs", "4", "--resume")[0] == 0
     assert os.stat(models / "latents.pt").st_mtime_ns == kept
     code, out, err = train(folder, "--sample", "7", "--label", "2", "--temperature", "0.9", "--top-k", "5")
-    assert code == 0 and (models / "sample-2.png").exists(), err
+    assert code == 0 and (models / "sample-2-temperature0.9-top5.png").exists(), err
 
     for flags, message in (
             (("--sample", "4", "--label", "3"), "0...2"), (("--k", "32"), "contradicts"),

@@ -208,7 +208,7 @@ def test_a_run_of_the_old_flag_resumes(tmp_path):
     checkpoint.save(path, "vqvae", old)
     assert type(VectorQuantizedVAE.rebuild(old).codebook) is VQEmbedding
     code, _, err = call(tmp_path, *flags, "--resume", "--num-epochs", "2")
-    assert code == 2 and "was trained with quantizer gradient, now it is ema" in err
+    assert code == 2 and "was trained with --quantizer gradient (now ema)" in err
     code, out, err = call(tmp_path, *flags, "--resume", "--quantizer", "gradient", "--num-epochs", "2")
     assert code == 0 and "resuming" in out, err
 

@@ -20,6 +20,8 @@ def commands(folder, *arguments, **environment):
 
 @pytest.mark.parametrize("arguments, questions", [(("--quick",), 17), (("CIFAR", "PHOTOS"), 21)])
 def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions):
+    for folder in ("CIFAR", "PHOTOS"):
+        (tmp_path / folder).mkdir()
     code, found, err = commands(tmp_path, *arguments)
     assert code == 0, err
     compared = [command for command in found if command[0] == "compare.py"]
@@ -50,5 +52,9 @@ def test_questions_are_asked_by_name_and_usage_is_told(tmp_path):
     assert found[0][-6:] == ["--hidden-size", "32", "--num-epochs", "1", "--lr", "4e-3"]
     code, found, err = commands(tmp_path, "my images")
     assert code == 2 and not found and "no space" in err
+    code, found, err = commands(tmp_path, "nowhere")
+    assert code == 2 and not found and "no folder nowhere" in err
+    code, found, err = commands(tmp_path, "--quick", PYTHON="false")
+    assert code == 2 and not found and "false has no torch" in err
     code, found, err = commands(tmp_path)
     assert code == 2 and not found and "./study.sh --quick" in err and "ONLY" in err

@@ -129,7 +129,7 @@ def test_a_finished_run_is_refused_resumed_or_overwritten(folder):
     code, _, err = run(folder, "--num-epochs", "1")
     assert code != 0 and "--resume" in err and "--overwrite" in err and equal(before, weights(folder))
     code, _, err = run(folder, "--num-epochs", "1", "--resume", "--k", "32")
-    assert code != 0 and "k 16, now it is 32" in err
+    assert code != 0 and "--k 16 (now 32)" in err
     assert run(folder, "--num-epochs", "2", "--resume")[0] == 0 and weights(folder)["counters"]["epoch"] == 2
     assert run(folder, "--num-epochs", "1", "--overwrite")[0] == 0 and weights(folder)["counters"]["epoch"] == 1
 

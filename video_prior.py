@@ -91,7 +91,7 @@ def main():
     results = run.finish(values, tuple(values))
     print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in values]))
     print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
-          f"curves: tensorboard --logdir {run.logs}")
+          f"curves: {run.see_curves}")
 
 
 def starts_of_windows(rows, length, split, flag):

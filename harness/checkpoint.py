@@ -84,11 +84,12 @@ def resolve(path):
     return file
 
 
-def load(path, kind, facts=None):
+def load(path, kind, facts=None, remedy=None):
     """Load a checkpoint of `kind` to the CPU, executing nothing that is in it; `path` is as `resolve` takes it.
 
     Args:
-        facts: {name: type, or a dict of such} of what the caller reads.
+        facts: {name: type, or a dict of such} of what the caller reads. remedy: what to do where it is damaged (by
+            default, use another).
     Returns:
         what `save` was given, and its "path".
     Raises:
@@ -100,8 +101,11 @@ def load(path, kind, facts=None):
         try:
             contents = _read(file)
         except _UNREADABLE as error:
-            raise ValueError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): use another, such as "
-                             "the best.pt or last.pt beside it") from error
+            beside = (path.with_name(name) for name in ("best.pt", "last.pt"))
+            other = next((f"use another, such as {other}" for other in beside if other != path and other.exists()),
+                         "use another")
+            raise ValueError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): "
+                             f"{remedy or other}") from error
     if not isinstance(contents, dict) or contents.get("kind") != kind:
         held = contents.get("kind") if isinstance(contents, dict) else None
         raise ValueError(f"{path} is a checkpoint of {f'a {held}' if held else 'something else'}, not of a {kind}")

@@ -154,6 +154,8 @@ def run(main, many=True):
                     "was training), with fewer --num-workers or --jobs")
         elif isinstance(error, RuntimeError):
             raise
+        elif isinstance(error, OSError) and error.filename and error.strerror:  # Python's own words
+            text = f"cannot use {error.filename} ({error.strerror}): mend that, or name another path"
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

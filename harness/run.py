@@ -3,6 +3,7 @@ import fcntl
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -84,6 +85,7 @@ class Run:
     def __init__(self, kind, args, device, state, may_change=(), reads=(), renamed=None):
         self.kind, self.args, self.device, self.state = kind, args, device, state
         self.models, self.logs = run_folder("models", args), run_folder("logs", args)
+        self.see_curves = f"tensorboard --logdir {shlex.quote(str(self.logs))}"
         self.epoch = self.batch = self.step = 0
         self.seconds, self.best = 0., None  # seconds of training, validation left aside
         check_folder(args, kind, reads)
@@ -117,16 +119,18 @@ class Run:
         """The checkpoint to go on from, or None."""
         last, args = self.models / "last.pt", vars(self.args)
         if self.args.resume and last.exists():
-            resumed = checkpoint.load(last, self.kind)
+            resumed = checkpoint.load(last, self.kind, remedy="--overwrite starts anew, and best.pt goes with it")
             counters, world = resumed["counters"], resumed["counters"].get("world", 1)
             moved = world != distributed.world_size()
             before = {renamed.get(name, name): value for name, value in resumed["args"].items()}
+            differ = []
             for name in sorted(set(before) | set(args)):
                 old, new = before.get(name), _plain(args.get(name))
                 young = name not in before and not new  # a flag that the run was older than, and that is off
                 if name not in may_change and old != new and not young and not (moved and name == "batch_size"):
-                    raise ValueError(f"{self.models} was trained with {name} {old}, now it is {new}: "
-                                     "--resume needs the same flags")
+                    differ.append(f"--{name.replace('_', '-')} {old} (now {new})")
+            if differ:
+                raise ValueError(f"{self.models} was trained with {', '.join(differ)}: --resume needs the same flags")
             self.epoch, self.batch, self.step = (counters[name] for name in ("epoch", "batch", "step"))
             self.seconds, self.best = counters["seconds"], resumed["best"]
             if moved:  # batches of another size: go on at the first that is not all done
