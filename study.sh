@@ -60,10 +60,12 @@ baselines() {
 # Flags of a training of so many epochs: the longer it is, the lower the learning rate that suits the baseline.
 of() { echo "$DATA --num-epochs $1 --lr $([ "$1" -le 4 ] && echo 4e-3 || echo 2e-3)"; }
 
-# What does each part of the mix bring? The mix without it, and the baseline in the mix's network.
+# What does each part of the mix bring? The mix without it, and the baseline in the mix's network; for longer, the loss
+# without the network and the network without the loss.
 parts() {
     compare parts --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 \
         $MIX,sharpen=0 $MIX,psnr=0,l1=1 $BASELINE,fine-blocks=1 --seeds $SEEDS $(of $SHORT)
+    compare "parts-$LONG" --baseline $BASELINE --losses $MIX,fine-blocks=0 $BASELINE,fine-blocks=1 --seeds $SEEDS $(of $LONG)
 }
 
 # Does it last? The ratio to the baseline against the length of training.

@@ -18,7 +18,7 @@ def commands(folder, *arguments, **environment):
     return done.returncode, lines, done.stderr
 
 
-@pytest.mark.parametrize("arguments, questions", [(("--quick",), 17), (("CIFAR", "PHOTOS"), 21)])
+@pytest.mark.parametrize("arguments, questions", [(("--quick",), 17), (("CIFAR", "PHOTOS"), 22)])
 def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions):
     for folder in ("CIFAR", "PHOTOS"):
         (tmp_path / folder).mkdir()
