@@ -68,11 +68,12 @@ parts() {
     compare "parts-$LONG" --baseline $BASELINE --losses $MIX,fine-blocks=0 $BASELINE,fine-blocks=1 --seeds $SEEDS $(of $LONG)
 }
 
-# Does it last? The ratio to the baseline against the length of training.
+# Does it last? The ratio to the baseline against the length of training, and one plot of it.
 lasts() {
     for epochs in $LENGTHS; do
         compare "epochs-$epochs" --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $epochs)
     done
+    "$PYTHON" lengths.py $(printf 'study/epochs-%s ' $LENGTHS) --output models/study/lasts.png
 }
 
 # The claim: the same runs at two lengths, once, on test.
