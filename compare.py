@@ -345,10 +345,11 @@ def draw_pareto(path, sweep, figures):
 
 def draw_rates(path, sweep, figures, judged):
     """Quality against bits per pixel, means over seeds, a curve a mix."""
-    def curves(key):
-        return {name: [sweep.mean(figures, at[rate], key) for rate in sweep.rates] for name, at in sweep.series.items()}
-    return report.draw_curves(path, curves("bits_per_pixel"), "bits per pixel",
-                              {key: curves(key) for key in ("psnr", "ssim", *judged)})
+    def curve(at, key):
+        return [tuple(sweep.mean(figures, at[rate], figure) for figure in ("bits_per_pixel", key))
+                for rate in sweep.rates]
+    return report.draw_curves(path, "bits per pixel", {
+        key: {name: curve(at, key) for name, at in sweep.series.items()} for key in ("psnr", "ssim", *judged)})
 
 
 def draw_picture(path, runs, split):

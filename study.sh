@@ -89,19 +89,19 @@ frontier() {
 }
 
 # Does it hold in a wider network?
-width() { compare width --baseline $BASELINE --losses $MIX $(of $LONG) --hidden-size $WIDTH; }
+width() { compare width --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $LONG) --hidden-size $WIDTH; }
 
 # At every rate? Curves, and bits saved at equal PSNR, SSIM and Fréchet distance.
 rates() {
     rates=$(for k in $CODES; do echo "k=$k"; done)
     compare rates --baseline $BASELINE --losses $MIX --rates $rates --seeds $SEEDS $(of $SHORT)
-    compare coarse --baseline $BASELINE --losses $MIX $(of $SHORT) --downsample 8
+    compare coarse --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $SHORT) --downsample 8
 }
 
 # Under every quantizer? Each beside the baseline under the same one.
 quantizers() {
     for quantizer in ema gradient cosine fsq rotation; do
-        compare "quantizer-$quantizer" --baseline $BASELINE --losses $MIX $(of $SHORT) --quantizer $quantizer
+        compare "quantizer-$quantizer" --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $SHORT) --quantizer $quantizer
     done
 }
 
@@ -131,7 +131,7 @@ prior() {
         echo "== prior: $name"
         "$PYTHON" pixelcnn_prior.py --model "$run" --output-folder "$name" --resume $PRIOR
         case $JUDGES in
-        *classifier*) "$PYTHON" class_agreement.py --model "$run" --prior "models/$name" ;;
+        *classifier*) "$PYTHON" class_agreement.py --model "$run" --prior "models/$name" --samples 500 ;;
         esac
     done
 }

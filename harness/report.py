@@ -117,33 +117,24 @@ def draw_fronts(path, points, horizontal, panels, left_out=()):
     return _save_figure(path, figure)
 
 
-def draw_curves(path, curves, label, panels):
-    """A panel for each of `panels`, {title: {name: [y...]}}: a line for each of `curves`, {name: [x...]}."""
+def draw_curves(path, label, panels, ticks=()):
+    """A panel for each of `panels`, {title: {name: [(x, y) or (x, y, low, high)...]}}, with intervals where there are.
+
+    ticks: of x, which is then on a logarithmic scale.
+    """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(4.5 * len(panels), 4.5), layout="constrained")
-    for axes, (title, of_curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for name, values in of_curves.items():
-            axes.plot(*zip(*sorted(zip(curves[name], values))), marker="o", label=name)
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for name, points in curves.items():
+            x, y, *bounds = zip(*sorted(points))
+            bars = [[abs(a - b) for a, b in zip(y, bound)] for bound in bounds]
+            axes.errorbar(x, y, bars or None, marker="o", capsize=4, label=name)
         axes.set(xlabel=label, title=title)
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    return _save_figure(path, figure)
-
-
-def draw_intervals(path, panels, label, titles):
-    """A panel for each of `panels`, {panel: {name: [(x, y, low, high)...]}}: values at x > 0, and their intervals."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(4.5 * len(panels), 4.5), layout="constrained")
-    for axes, (panel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for name, points in curves.items():
-            x, y, low, high = zip(*sorted(points))
-            bars = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
-            axes.errorbar(x, y, bars, marker="o", capsize=4, label=name)
-        axes.set(xlabel=label, title=titles[panel], xscale="log")
-        ticks = sorted({point[0] for points in curves.values() for point in points})
-        axes.set_xticks(ticks, list(map(str, ticks)), minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+        if ticks:
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, ticks)
+            axes.minorticks_off()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return _save_figure(path, figure)
 

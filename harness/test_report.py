@@ -63,5 +63,5 @@ def test_tables_and_plots_are_written(tmp_path):
     points = {"a": {"x": 1., "y": 2.}, "b": {"x": 2., "y": 1., "area": 10}}
     plot = report.draw_fronts(tmp_path / "plot.png", points, ("x", "X"), [("y", "Y", 1), ("y", "Z", 0)], ["c"])
     assert Image.open(plot).size == (1400, 600)
-    plot = report.draw_curves(tmp_path / "curves.png", {"a": [1, 2]}, "X", {"Y": {"a": [3, 4]}})
+    plot = report.draw_curves(tmp_path / "curves.png", "X", {"Y": {"a": [(2, 4), (1, 3)]}})
     assert Image.open(plot).size == (450, 450)
