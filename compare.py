@@ -345,11 +345,12 @@ def draw_pareto(path, sweep, figures):
 
 def draw_rates(path, sweep, figures, judged):
     """Quality against bits per pixel, means over seeds, a curve a mix."""
-    def curve(at, key):
-        return [tuple(sweep.mean(figures, at[rate], figure) for figure in ("bits_per_pixel", key))
+    def curve(at, quality):
+        return [(sweep.mean(figures, at[rate], "bits_per_pixel"), sweep.mean(figures, at[rate], quality))
                 for rate in sweep.rates]
     return report.draw_curves(path, "bits per pixel", {
-        key: {name: curve(at, key) for name, at in sweep.series.items()} for key in ("psnr", "ssim", *judged)})
+        quality: {name: curve(at, quality) for name, at in sweep.series.items()}
+        for quality in ("psnr", "ssim", *judged)})
 
 
 def draw_picture(path, runs, split):

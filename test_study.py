@@ -18,7 +18,7 @@ def commands(folder, *arguments, **environment):
     return done.returncode, lines, done.stderr
 
 
-@pytest.mark.parametrize("arguments, questions", [(("--quick",), 17), (("CIFAR", "PHOTOS"), 22)])
+@pytest.mark.parametrize("arguments, questions", [(("--quick",), 16), (("CIFAR", "PHOTOS"), 21)])
 def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions):
     for folder in ("CIFAR", "PHOTOS"):
         (tmp_path / folder).mkdir()
@@ -36,6 +36,9 @@ def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions
             mixes.meaning(mixes.command_of(mix, 0, flags, args.vqgan_flags))
         splits.append(args.split)
     assert splits.count("test") == 2  # the claim, at two lengths
+    plot, = (command for command in found if command[0] == "lengths.py")
+    lengths = ["1", "2"] if arguments == ("--quick",) else ["4", "12", "30", "60"]
+    assert plot[1:] == [*(f"study/epochs-{length}" for length in lengths), "--output", "models/study/lasts.png"]
 
 
 def test_runs_have_the_same_names_in_a_job_of_slurm(tmp_path):

@@ -2,6 +2,7 @@
 import csv
 import io
 import math
+import re
 import statistics
 
 import torch
@@ -70,6 +71,12 @@ def ratio(values):
     return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
+def numbers(cell):
+    """[value, low, high] of a cell that `difference` or `ratio` wrote; nan for the bounds of one seed."""
+    found = re.findall(r"[-+]?(?:nan|inf|\d[\d.]*(?:e[-+]\d+)?)", cell.partition("(")[0])
+    return (list(map(float, found)) + 3 * [math.nan])[:3]
+
+
 def rank_correlations(columns):
     """Rows of Spearman's rank correlation between columns {name: values}, each of the same things in one order."""
     from scipy.stats import spearmanr
@@ -117,23 +124,23 @@ def draw_fronts(path, points, horizontal, panels, left_out=()):
     return _save_figure(path, figure)
 
 
-def draw_curves(path, label, panels, ticks=()):
+def draw_curves(path, label, panels, log_ticks=()):
     """A panel for each of `panels`, {title: {name: [(x, y) or (x, y, low, high)...]}}, with intervals where there are.
 
-    ticks: of x, which is then on a logarithmic scale.
+    log_ticks: of x, which is then on a logarithmic scale.
     """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(4.5 * len(panels), 4.5), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for name, points in curves.items():
             x, y, *bounds = zip(*sorted(points))
-            bars = [[abs(a - b) for a, b in zip(y, bound)] for bound in bounds]
-            axes.errorbar(x, y, bars or None, marker="o", capsize=4, label=name)
+            bars = [[a - b for a, b in zip(y, bounds[0])], [b - a for a, b in zip(y, bounds[1])]] if bounds else None
+            axes.errorbar(x, y, bars, marker="o", capsize=4, label=name)
         axes.set(xlabel=label, title=title)
         axes.grid(alpha=0.3)
-        if ticks:
+        if log_ticks:
             axes.set_xscale("log")
-            axes.set_xticks(ticks, ticks)
+            axes.set_xticks(log_ticks, log_ticks)
             axes.minorticks_off()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return _save_figure(path, figure)

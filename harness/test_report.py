@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -65,3 +66,17 @@ def test_tables_and_plots_are_written(tmp_path):
     assert Image.open(plot).size == (1400, 600)
     plot = report.draw_curves(tmp_path / "curves.png", "X", {"Y": {"a": [(2, 4), (1, 3)]}})
     assert Image.open(plot).size == (450, 450)
+    curves = {"a": [(1, 3, 2, 4), (10, 5, *2 * [math.nan])]}
+    plot = report.draw_curves(tmp_path / "lengths.png", "X", {"Y": curves, "Z": curves}, log_ticks=[1, 10])
+    assert Image.open(plot).size == (900, 450)
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.6, 0.65], [1e-6, 3e-6], [-2., 12.]])
+def test_numbers_are_read_back_from_cells(values):
+    assert report.numbers(report.difference(values)) == pytest.approx(
+        [statistics.mean(values), *report.interval(values)], rel=5e-3)
+    if min(values) > 0:
+        assert report.numbers(report.ratio(values))[0] == pytest.approx(statistics.geometric_mean(values), rel=5e-3)
+    value, *bounds = report.numbers(report.difference(values[:1]) + " †")
+    assert value == values[0] and all(map(math.isnan, bounds))
+    assert all(map(math.isnan, report.numbers(report.difference([math.nan]))))
