@@ -101,7 +101,8 @@ rates() {
 # Under every quantizer? Each beside the baseline under the same one; moving averages are what `lasts` has.
 quantizers() {
     for quantizer in gradient cosine fsq rotation; do
-        compare "quantizer-$quantizer" --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $SHORT) --quantizer $quantizer
+        compare "quantizer-$quantizer" --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $SHORT) \
+            --quantizer $quantizer
     done
 }
 
@@ -111,9 +112,9 @@ quantizers() {
 instead() (
     set -- $MINUTES
     JOBS=1
-    compare "minutes-$1" --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 ancestor "$BASELINE,vqgan" "$BASELINE,vqgan=0.1" \
-        "$BASELINE,vqgan=0.1,disc-lr=5e-4" l1=5,vqgan=0.1,perceptual=5 "$MIX,vqgan=0.1,disc-start=0.8" $DATA \
-        --minutes "$1"
+    compare "minutes-$1" --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 ancestor "$BASELINE,vqgan" \
+        "$BASELINE,vqgan=0.1" "$BASELINE,vqgan=0.1,disc-lr=5e-4" l1=5,vqgan=0.1,perceptual=5 \
+        "$MIX,vqgan=0.1,disc-start=0.8" $DATA --minutes "$1"
     compare "minutes-$2" --baseline $BASELINE --losses $MIX $VQGAN $DATA --minutes "$2"
 )
 
