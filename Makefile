@@ -13,16 +13,16 @@ train: $(READY)  ## train on photographs that ship with a dependency (set up on 
 	    --output-folder make-train --overwrite
 
 study: $(READY)  ## every question of RESULTS.md: make study DATA=folder PHOTOS=folder; days, goes on where it stopped
-	PYTHON=$(BIN)/python ./study.sh $(DATA) $(PHOTOS)
+	PYTHON=$(BIN)/python ./study/study.sh $(DATA) $(PHOTOS)
 
 study-quick: $(READY)  ## the same in small on the photographs, under 20 minutes on 2 CPU cores
-	PYTHON=$(BIN)/python ./study.sh --quick
+	PYTHON=$(BIN)/python ./study/study.sh --quick
 
 test: $(READY)  ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 soak: $(READY)  ## kill each training script 50 times at random moments, and resume it
-	SOAK_KILLS=50 $(BIN)/python -m pytest test_soak.py
+	SOAK_KILLS=50 $(BIN)/python -m pytest tests/test_soak.py
 
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .

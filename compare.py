@@ -15,15 +15,15 @@ import torch.nn.functional as F
 
 import datasets
 import metrics
-import mixes
-from evaluation import measure, reported
-from features import FEATURES, OWN_JUDGE, Judge, open_judged, trained_through
+from experiment import RECIPES
 from harness import checkpoint, cli, report
 from losses import TERMS
+from metrics import measure, reported
 from modules import VectorQuantizedVAE
-from rate import delta_rate
-from recipes import RECIPES
-from sweep import Sweep, check, end_with, in_turn, train
+from study import mixes
+from study.judges import FEATURES, OWN_JUDGE, Judge, open_judged, trained_through
+from study.rate import delta_rate
+from study.runs import Sweep, check, end_with, in_turn, train
 
 QUICK = ("--hidden-size", "64", "--num-epochs", "1")
 VERSION = 2  # of the figures kept beside a run: raise it whenever one changes its meaning

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import boxing
-import folders
-from folders import SPLITS, existing
 from harness import cli, distributed
 from harness.batches import Batches
 from harness.images import ImageFiles, find_files
+from readers import boxing, image_folders
+from readers.image_folders import SPLITS, existing
+from readers.photos import photos
+from readers.torchvision_sets import torchvision_set
 
 IN_MEMORY_BYTES = 2 ** 32  # a data set that needs more, as uint8, streams from disk
 MAY_CHANGE_ON_RESUME = {"data_folder", "no_download", "num_workers"}  # where the images lie, and how they come
@@ -95,19 +96,11 @@ def detect(folder):
     """
     root = existing(folder)
     held = [name for name, open_splits in DATASETS.items() if hasattr(open_splits, "is_in") and open_splits.is_in(root)]
-    if not held or folders.split_folders(root):
+    if not held or image_folders.split_folders(root):
         held.append("folder")
     if len(held) > 1:
         raise ValueError(f"--data-folder {folder} holds {' and '.join(held)}: say which with --dataset")
     return held[0]
-
-
-def marked_by(name):
-    """Decorator of a function in `DATASETS`: a folder that holds a file or folder of this name holds its data set."""
-    def mark(open_splits):
-        open_splits.is_in = lambda root: (root / name).exists()
-        return open_splits
-    return mark
 
 
 @dataclass
@@ -197,7 +190,7 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
                          "clip/000001.png")
     missing = [split for split in SPLITS if split not in splits]
     splits = _complete_clips(splits, missing) if source.in_order else complete(splits, missing)
-    carved = folders.digest([splits[split][0] for split in missing], source.folder)
+    carved = image_folders.digest([splits[split][0] for split in missing], source.folder)
     if source.carved and not source.in_order and source.carved != carved:  # in order, whole clips are carved
         raise ValueError(f"files of {source.folder} were added, removed or renamed since the model was trained, so "
                          "that others are held out for valid and test, some of which it has learnt: put them back as "
@@ -273,91 +266,6 @@ def _sized(images, size):
     return _resized(images, size)
 
 
-def _in_memory(splits):
-    """{split: (`ImageFiles`, labels)} decoded; says how many are broken."""
-    decoded, broken = {}, []
-    for split, (files, labels) in splits.items():
-        images, kept, bad = files.decode_all()
-        decoded[split], broken = (images, labels[kept]), broken + bad
-    if broken:
-        total = sum(len(files) for files, _ in splits.values())
-        print(f"skipped {len(broken)} broken images of {total}, such as {min(broken)}")
-    return decoded
-
-
-# --- photographs that ship with scikit-image
-
-PHOTOS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
-PHOTO_STRIPS = {"train": (0., 0.6), "valid": (0.6, 0.8), "test": (0.8, 1.)}  # of the longer side
-PHOTO_SIZE = (64, 64)
-PHOTO_CROPS = {"train": 4096, "valid": 512, "test": 512}
-
-
-def _photos(source):
-    from skimage import data
-    source.image_size = source.image_size or PHOTO_SIZE
-    photos = [torch.from_numpy(getattr(data, name)()[..., :3].copy()) for name in PHOTOS]
-    generator, splits = torch.Generator().manual_seed(SPLIT_SEED), {}
-    for split, (start, stop) in PHOTO_STRIPS.items():
-        strips, (height, width) = [], source.train_size() if split == "train" else source.image_size
-        for photo in photos:
-            axis = int(photo.shape[1] > photo.shape[0])
-            side = photo.shape[axis]
-            strips.append(photo.narrow(axis, int(start * side), int(stop * side) - int(start * side)))
-        strips = [strip for strip in strips if strip.shape[0] >= height and strip.shape[1] >= width]
-        if not strips:
-            raise ValueError(f"no photograph has a {split} strip of {height}x{width} pixels: pass a smaller "
-                             "--image-size")
-        crops = []
-        for i in range(PHOTO_CROPS[split]):
-            strip = strips[i % len(strips)]
-            top, left = (int(torch.randint(side - crop + 1, (), generator=generator))
-                         for side, crop in zip(strip.shape, (height, width)))
-            crops.append(strip[top:top + height, left:left + width])
-        splits[split] = (torch.stack(crops), torch.zeros(len(crops), dtype=torch.int64))
-    return splits, []
-
-
-# --- torchvision's own
-
-def _torchvision(class_name, mark):
-    @marked_by(mark)
-    def open_splits(source):
-        from torchvision import datasets as tv
-        dataset_class, splits = getattr(tv, class_name), {}
-        for split in ("train", "test"):
-            dataset = _open_torchvision(dataset_class, source, mark, train=split == "train")
-            images = torch.as_tensor(dataset.data)
-            images = images if images.ndim == 4 else images.unsqueeze(3)  # (N, H, W, C)
-            splits[split] = (images, torch.as_tensor(dataset.targets))
-        return splits, list(dataset.classes)
-    return open_splits
-
-
-def _open_torchvision(dataset_class, source, mark, **options):
-    """A data set of torchvision, downloaded where it is missing and that is allowed."""
-    name = dataset_class.__name__
-    try:
-        return dataset_class(source.folder, download=False, **options)
-    except Exception as error:
-        if not (isinstance(error, RuntimeError) and "not found" in str(error)):
-            raise ValueError(f"{Path(source.folder) / mark} is damaged ({_one_line(error)}): delete it, and {name} is "
-                             "downloaded anew") from error
-        if not source.download:
-            raise FileNotFoundError(f"{name} is not in {source.folder}, and --no-download forbids to fetch it"
-                                    ) from error
-    try:
-        return dataset_class(source.folder, download=True, **options)
-    except Exception as error:
-        raise OSError(f"{name} is not in {source.folder} and cannot be downloaded ({_one_line(error)}): download it "
-                      "elsewhere and pass its --data-folder") from error
-
-
-def _one_line(error):
-    """What went wrong, without line breaks: torchvision lists each address it tried on lines of its own."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _resized(images, size):
     if tuple(images.shape[1:3]) == tuple(size):
         return images
@@ -373,9 +281,52 @@ def _resized(images, size):
     return torch.cat(resized).contiguous()
 
 
+def _in_memory(splits):
+    """{split: (`ImageFiles`, labels)} decoded; says how many are broken."""
+    decoded, broken = {}, []
+    for split, (files, labels) in splits.items():
+        images, kept, bad = files.decode_all()
+        decoded[split], broken = (images, labels[kept]), broken + bad
+    if broken:
+        total = sum(len(files) for files, _ in splits.values())
+        print(f"skipped {len(broken)} broken images of {total}, such as {min(broken)}")
+    return decoded
+
+
+# --- what a trained model asks of the data that it meets again
+
+def check_counts(path, known, now):
+    """ValueError where a run, of which a checkpoint lies at `path`, was trained on another number of images.
+
+    known, now: images by split; None where the checkpoint is too old to say.
+    """
+    if known not in (None, now):
+        raise ValueError(f"{path} was trained on other images ({known}) than there are now ({now}): put them back as "
+                         "they were, or train anew (--overwrite)")
+
+
+def check_alike(models):
+    """ValueError where one of the models has learnt what is held out for another: splits were carved from other files.
+
+    Args:
+        models: {name: contents of a checkpoint}.
+    """
+    carved = {contents["data"]["carved"]: name for name, contents in models.items() if contents["data"].get("carved")}
+    if len(carved) > 1:
+        first, second, *_ = carved.values()
+        raise ValueError(f"{first} and {second} were trained on other files, of one folder or of two, and hold out "
+                         "other images, some of which the other may have learnt: train both on one folder")
+
+
+def held_out(models, folder):
+    """What models, which are alike, hold out of a folder, as `Data.carved`: empty where none says so of this folder."""
+    check_alike(models)
+    carved = (Source.of(contents, folder).carved for contents in models.values() if contents["data"].get("carved"))
+    return next(filter(None, carved), "")
+
+
 # --- Atari frames
 
-@marked_by(boxing.MARK)
 def _boxing(source):
     splits = {}
     for split, (frames, clips) in boxing.load(source.folder).items():
@@ -385,14 +336,15 @@ def _boxing(source):
 
 
 _boxing.actions, _boxing.version = boxing.ACTIONS, boxing.VERSION
+_boxing.is_in = lambda root: (root / boxing.MARK).exists()
 
 
 DATASETS = {
-    "photos": _photos,
-    "mnist": _torchvision("MNIST", "MNIST/raw"),
-    "fashion-mnist": _torchvision("FashionMNIST", "FashionMNIST/raw"),
-    "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),
-    "miniimagenet": folders.miniimagenet,
+    "photos": photos,
+    "mnist": torchvision_set("MNIST", "MNIST/raw"),
+    "fashion-mnist": torchvision_set("FashionMNIST", "FashionMNIST/raw"),
+    "cifar10": torchvision_set("CIFAR10", "cifar-10-batches-py"),
+    "miniimagenet": image_folders.miniimagenet,
     "boxing": _boxing,
-    "folder": folders.image_folder,
+    "folder": image_folders.image_folder,
 }

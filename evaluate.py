@@ -6,11 +6,11 @@ import torch
 
 import datasets
 import metrics
-from evaluation import measure, reported
-from features import FEATURES, OWN_JUDGE, Judge, open_judged, trained_through
 from harness import checkpoint, cli, report
 from harness.run import holds_run
+from metrics import measure, reported
 from modules import VectorQuantizedVAE
+from study.judges import FEATURES, OWN_JUDGE, Judge, open_judged, trained_through
 
 PICTURES = 12
 

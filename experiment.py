@@ -1,17 +1,18 @@
 """What the scripts that train a VQ-VAE share: flags, construction, validation and the last report."""
 import argparse
+import sys
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import datasets
 import metrics
-import recipes
-from evaluation import check_alike, check_counts, measure, reported
+from datasets import check_alike, check_counts
 from harness import checkpoint, cli, distributed, report
 from harness.compiled import graphs_fit
 from harness.run import Run, check_folder, run_folder
 from losses import TERMS, ReconstructionLoss, ms_ssim_weights
+from metrics import measure, reported
 from modules import VectorQuantizedVAE
 from quantizers import QUANTIZERS, settings_of
 
@@ -21,10 +22,33 @@ PICTURES = 12
 DISC_WEIGHT = 0.8  # of the adversarial loss, where there is one
 ADAM_BETAS = (0.9, 0.99)  # a second moment that forgets the steep first steps: +0.3 dB in 4 epochs of CIFAR-10
 
+# Recipes: sets of flags by name; `--recipe NAME` stands for them.
+_SCHEDULE = "--batch-size 64 --lr 2e-3 --lr-schedule cosine --warmup-steps 0.1 --beta 0.1 --codebook-decay 0.97 --flip"
+_MIX = "--mse-weight 0 --root-ssim-weight 0.4 --fine-blocks 1"
+
+RECIPES = {
+    "ancestor": "--quantizer gradient --no-codebook-init --restart-below 0 --lr 2e-4 --beta 1",
+    "mse": _SCHEDULE,
+    "recommended": f"{_SCHEDULE} {_MIX} --psnr-weight 1 --chroma-weight 1 --sharpen 0.6",
+    "recommended-photos": f"{_SCHEDULE} {_MIX} --l1-weight 1 --coarse-chroma-weight 40 --sharpen 0.3",
+}
+
+
+def add_recipe_argument(parser):
+    parser.add_argument("--recipe", choices=RECIPES, help="stands for these flags; another value of one may be given "
+                        "as well, and wins; " + "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items()))
+
+
+def parse_args(parser, argv=None):
+    """The flags of a command line (default the script's own), behind those of its recipe."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    return parser.parse_args([*RECIPES[args.recipe].split(), *argv]) if args.recipe else args
+
 
 def add_arguments(parser, output_folder):
     """Flags of the recipe, the data set, the loss, the model and the run."""
-    recipes.add_argument(parser)
+    add_recipe_argument(parser)
     datasets.add_arguments(parser)
     group = parser.add_argument_group("reconstruction loss: weight of each term")
     for name in TERMS:

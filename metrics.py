@@ -3,10 +3,14 @@
 Every image metric takes reconstructions and originals (B, C, H, W) in [0, 1] and returns one value an image, (B,);
 `as_8bit` brings a network's output there the way an image file would.
 """
+import math
+from contextlib import nullcontext
+
 import torch
 from pytorch_msssim import ssim as msssim_ssim
 
 from functions import exact_products
+from harness import distributed
 
 PERFECT_PSNR = 100.0  # dB, reported where an image is reproduced exactly
 _FLAT = 1e-3  # a quarter of an 8-bit step: keeps ratios finite on images without detail
@@ -107,3 +111,65 @@ def bootstrap_interval(values, resamples=1000, seed=0):
                          for _ in range(resamples)])
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return low, high
+
+
+# --- a model measured on a split, one way, whoever asks: training, evaluation or comparison
+
+def reported():
+    """Names of the figures that tables show: what every model has, whatever it was trained on."""
+    return [*IMAGE_METRICS, "perplexity", "used_codes"]
+
+
+@torch.no_grad()
+def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extra=None):
+    """Everything there is to say of a model on a split, with the model in eval mode.
+
+    Args:
+        model: a `VectorQuantizedVAE`. loader: yields x (B, C, H, W) in [-1, 1] and labels.
+        criterion: a `ReconstructionLoss`, for `loss` on top (no metric: it depends on the training), a batch's mean
+            standing for each of its images.
+        autocast: makes the context of the forward pass.
+        judges: `study.judges.Judge`s of the same split.
+        extra: {name: function} beside `IMAGE_METRICS`, of reconstructions and originals (B, C, H, W) in [0, 1] -> (B,).
+    Returns:
+        values: {name: (N,) float64}, an entry an image: `IMAGE_METRICS`, color_bias_0... by channel, quantization
+        (mean squared distance of z_e to its code), `extra`, `loss` where a criterion is given.
+        figures: their means; color_bias, the largest of a channel by size; `codebook_usage`; bits_per_pixel, what an
+        ideal entropy coder makes of the latents, each by itself; what each judge says under "<figure>/<judge>", and
+        the first under "<figure>" too.
+        Both are of all processes together, the judges' of this one alone.
+    Raises:
+        ValueError: outputs of the encoder or the decoder are not finite.
+    """
+    was_training = model.training
+    model.eval()
+    measured = IMAGE_METRICS | (extra or {})
+    columns, counts, features = [], 0, [[] for _ in judges]
+    for x, _ in loader:
+        with autocast():
+            x_tilde, z_e, z_q = model(x)
+            if not all(bool(output.isfinite().all()) for output in (z_e, x_tilde)):
+                raise ValueError("outputs of the model are not finite, its training diverged: go on from its last.pt "
+                                 "with --resume and a lower --lr or --precision fp32, or train again")
+            latents = model.codebook(z_e)
+        counts = counts + torch.bincount(latents.flatten(), minlength=model.K)
+        a, b = as_8bit(x_tilde), as_8bit(x)
+        values = {name: metric(a, b) for name, metric in measured.items()}
+        values |= {f"color_bias_{i}": bias for i, bias in enumerate(color_bias(a, b).unbind(1))}
+        values["quantization"] = (z_e.float() - z_q).square().mean((1, 2, 3))
+        if criterion:
+            values["loss"] = criterion(x_tilde, x)[0].expand(len(x))
+        columns.append({name: value.cpu().double() for name, value in values.items()})
+        for judge, seen in zip(judges, features):
+            seen.append(judge.network(a))
+    model.train(was_training)
+
+    values = {name: distributed.concatenate(torch.cat([column[name] for column in columns])) for name in columns[0]}
+    figures = {name: float(value.mean()) for name, value in values.items()} | codebook_usage(distributed.total(counts))
+    figures["color_bias"] = max((bias for name, bias in figures.items() if name.startswith("color_bias_")), key=abs)
+    latents_per_pixel = latents[0].numel() / (x.shape[2] * x.shape[3])
+    figures["bits_per_pixel"] = math.log2(figures["perplexity"]) * latents_per_pixel
+    for judge, seen in zip(judges, features):
+        said = judge.figures(torch.cat(seen))
+        figures |= (said if judge is judges[0] else {}) | {f"{name}/{judge.name}": v for name, v in said.items()}
+    return values, figures

@@ -1,11 +1,11 @@
 """Train a PixelCNN prior on the latents of a VQ-VAE, and sample images from it."""
 import torch
 
-import latents
 import metrics
 from harness import checkpoint, cli, report
 from harness.run import run_folder
 from modules import GatedPixelCNN
+from priors import first_stage
 
 COLUMNS, MOST_ROWS = 10, 10  # of a picture of samples: a row is a class
 MAY_CHANGE_ON_RESUME = {"sample", "label", "temperature", "top_k", "sample_every"}
@@ -13,7 +13,7 @@ MAY_CHANGE_ON_RESUME = {"sample", "label", "temperature", "top_k", "sample_every
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
-    latents.add_arguments(parser)
+    first_stage.add_arguments(parser)
     group = parser.add_argument_group("prior")
     group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
     group.add_argument("--num-layers", type=cli.positive_int, default=15, help="(default %(default)s)")
@@ -22,7 +22,7 @@ def parse_args():
     group.add_argument("--sample", type=cli.positive_int, metavar="N",
                        help="draw N images from the prior in the output folder, as it was trained, and train nothing")
     group.add_argument("--label", type=int, help="class of the images (default all in turn)")
-    latents.add_drawing_arguments(group)
+    first_stage.add_drawing_arguments(group)
     group.add_argument("--sample-every", type=cli.positive_int, default=5, metavar="EPOCHS",
                        help="a grid of samples for the curves (default %(default)s)")
     return parser.parse_args()
@@ -31,7 +31,7 @@ def parse_args():
 def main():
     args = parse_args()
     device = cli.pick_device(args.device)
-    first = latents.FirstStage(args, device)
+    first = first_stage.FirstStage(args, device)
     classes = first.classes
     if args.label is not None and not 0 <= args.label < len(classes):
         raise ValueError(f"--label {args.label} is out of range: " + (
@@ -56,7 +56,7 @@ def main():
 
     for epoch in run.epochs():
         # Each code given those above and to its left, and the class.
-        latents.train_epoch(run, network, optimizer, train, autocast,
+        first_stage.train_epoch(run, network, optimizer, train, autocast,
                             lambda codes, label: (network(codes, label if classes else None), codes))
 
         values = measure(model, valid, first, autocast)
@@ -87,7 +87,7 @@ def main():
 
 def measure(model, batches, first, autocast):
     """What the prior needs to code a latent."""
-    nats = latents.mean_nats(model, batches, autocast, lambda codes, label: (
+    nats = first_stage.mean_nats(model, batches, autocast, lambda codes, label: (
         {"nats": model(codes, label if first.classes else None)}, codes))["nats"]
     return first.code_length(nats)
 
@@ -124,7 +124,7 @@ def sample(args, first):
         seen = torch.tensor(seen if args.label is None else [args.label], device=first.device)
         labels = seen[torch.arange(args.sample, device=first.device) % len(seen)].sort().values
     what = [] if args.label is None else [str(args.label)]
-    path = run_folder("models", args) / latents.name_of_sample(args, *what)
+    path = run_folder("models", args) / first_stage.name_of_sample(args, *what)
     print(f"samples: {save_samples(path, draw_images(model, first, labels, args))}")
 
 

@@ -4,13 +4,13 @@ import math
 import torch
 import torch.nn.functional as F
 
-import latents
 import metrics
 from functions import cross_entropy
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
 from harness.run import run_folder
-from latent_models import CODES, StackedVQVAE
+from priors import first_stage
+from priors.networks import CODES, StackedVQVAE
 
 MAY_CHANGE_ON_RESUME = {"sample", "temperature", "top_k", "draws"}
 SHOWN = 10  # images of a picture
@@ -18,7 +18,7 @@ SHOWN = 10  # images of a picture
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
-    latents.add_arguments(parser)
+    first_stage.add_arguments(parser)
     group = parser.add_argument_group("second stage")
     group.add_argument("--codes", type=cli.positive_int, default=3, metavar="N",
                        help=f"for an image, each of a codebook of {CODES} of its own (default %(default)s)")
@@ -36,7 +36,7 @@ def parse_args():
                        help="draw N images with the model in the output folder, as it was trained, and train nothing")
     group.add_argument("--draws", type=cli.positive_int, default=3, metavar="N",
                        help="of each image from its codes (default %(default)s)")
-    latents.add_drawing_arguments(group)
+    first_stage.add_drawing_arguments(group)
     return parser.parse_args()
 
 
@@ -45,7 +45,7 @@ def main():
     if not args.without_codes:
         raise ValueError("--without-codes 0 would leave open what the codes carry: pass a share above 0")
     device = cli.pick_device(args.device)
-    first = latents.FirstStage(args, device)
+    first = first_stage.FirstStage(args, device)
     if args.sample:
         return sample(args, first)
 
@@ -59,7 +59,7 @@ def main():
     # Data fail here, before an old run is replaced.
     splits = first.cached("stacked")
     splits |= {split: with_another(*splits[split], split) for split in ("valid", "test")}
-    train, valid, test = latents.split_latents(splits, args, device)
+    train, valid, test = first_stage.split_latents(splits, args, device)
     if min(train.sizes()) == 1:
         raise ValueError("a batch of one image is too little for batch norm: pass a --batch-size and a --limit of 2 or "
                          "more, or add images")
@@ -135,7 +135,7 @@ def measure(model, batches, first, autocast):
                       "none": model.condition(z_q, without)}
         return {name: model.pixelcnn(grid, spatial=part) for name, part in conditions.items()}, grid
 
-    nats = latents.mean_nats(model, batches, autocast, logits_of)
+    nats = first_stage.mean_nats(model, batches, autocast, logits_of)
     values = first.code_length(nats["right"]) | {"nats_swapped_codes": nats["swapped"], "nats_no_codes": nats["none"],
                                                  "bits_carried": (nats["none"] - nats["right"]) / math.log(2)
                                                  * math.prod(first.shape)}
@@ -169,9 +169,9 @@ def sample(args, first):
     generator = torch.Generator().manual_seed(args.seed)
     codes = model.draw_codes(args.sample, args.temperature, args.top_k, generator)
     images = first.decode(model.draw(codes, args.temperature, args.top_k, generator))
-    path = run_folder("models", args) / latents.name_of_sample(args)
+    path = run_folder("models", args) / first_stage.name_of_sample(args)
     print(f"samples: {report.save_picture(path, images.split(SHOWN))}")
-    _, picture = reconstruct(args, first, model, latents.name_of_sample(args, "reconstructions"))
+    _, picture = reconstruct(args, first, model, first_stage.name_of_sample(args, "reconstructions"))
     print(f"from their codes: {picture}")
 
 

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import datasets
-import latents
 from datasets import SPLITS
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
 from harness.run import run_folder
-from latent_models import VideoPrior
+from priors import first_stage
+from priors.networks import VideoPrior
 
 MAY_CHANGE_ON_RESUME = {"rollout", "action", "starts", "temperature", "top_k", "fps"}
 RECORDED = "recorded"
@@ -22,7 +22,7 @@ MOST_CONTEXT, MOST_FPS, GIF_SIDE = 32, 50, 65535  # frames whose windows fit int
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
-    latents.add_arguments(parser)
+    first_stage.add_arguments(parser)
     group = parser.add_argument_group("prior")
     group.add_argument("--context", type=cli.positive_int, default=2, metavar="K",
                        help=f"frames that the next one depends on, at most {MOST_CONTEXT} (default %(default)s)")
@@ -43,7 +43,7 @@ def parse_args():
     group.add_argument("--fps", type=cli.positive_int, default=30,
                        help=f"of the GIF, about, as a frame lasts whole hundredths of a second; at most {MOST_FPS} "
                        "(default %(default)s)")
-    latents.add_drawing_arguments(group)
+    first_stage.add_drawing_arguments(group)
     args = parser.parse_args()
     for flag in ("action", "starts", "fps", "temperature", "top_k"):
         if not args.rollout and getattr(args, flag) != parser.get_default(flag):
@@ -58,7 +58,7 @@ def main():
         if value > most:
             raise ValueError(f"{flag} {value} is too many: pass at most {most}")
     device = cli.pick_device(args.device)
-    first = latents.FirstStage(args, device, in_order=True)
+    first = first_stage.FirstStage(args, device, in_order=True)
     actions = getattr(datasets.DATASETS[args.dataset], "actions", [])
     if args.rollout:
         return roll_out(args, first, actions, device)
@@ -66,7 +66,7 @@ def main():
     # Data fail here, before an old run is replaced.
     frames = first.cached("video")
     windows = {split: cut(*frames[split], args.context, split) for split in SPLITS}
-    train, valid, test = latents.split_latents(windows, args, device)
+    train, valid, test = first_stage.split_latents(windows, args, device)
     autocast = cli.autocast(device, args.precision)
     torch.manual_seed(args.seed)
     model_args = {"K": first.K, "context": args.context, "n_actions": len(actions), "dim": args.hidden_size_prior,
@@ -77,7 +77,7 @@ def main():
 
     for _ in run.epochs():
         # Each code given those above and to its left, the frames before, as a rollout has them, and the action.
-        latents.train_epoch(run, network, optimizer, train, autocast,
+        first_stage.train_epoch(run, network, optimizer, train, autocast,
                             lambda window, action: (network(disturb(window, args.noise), action), window[:, -1]))
 
         values = measure(model, valid, first, autocast)
@@ -132,7 +132,7 @@ def disturb(window, most):
 
 def measure(model, batches, first, autocast):
     """Code length of a frame's latents, and the share of them whose most probable code is right."""
-    values = latents.mean_nats(model, batches, autocast,
+    values = first_stage.mean_nats(model, batches, autocast,
                                lambda window, action: ({"nats": model(window, action)}, window[:, -1]))
     return first.code_length(values["nats"]) | {"right": values["nats_right"]}
 

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import experiment
-import recipes
 from harness import cli, distributed
 
 DISCRIMINATOR_BETAS = (0.5, 0.9)
@@ -16,7 +15,7 @@ def main():
     parser = cli.Parser(description=__doc__)
     experiment.add_arguments(parser, output_folder="vqgan")
     experiment.add_adversarial_arguments(parser)
-    args = recipes.parse_args(parser)
+    args = experiment.parse_args(parser)
 
     setup = experiment.Experiment(args)
     optimizer, criterion, device = setup.optimizer, setup.criterion, setup.device
@@ -154,7 +153,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        from features import FEATURES, PERCEPTUAL  # slow to import, and needed here alone
+        from study.judges import FEATURES, PERCEPTUAL  # slow to import, and needed here alone
         self.network = FEATURES[PERCEPTUAL](None, None).network.requires_grad_(False)
 
     def _features(self, x):

@@ -3,14 +3,13 @@
 import torch.nn.functional as F
 
 import experiment
-import recipes
 from harness import cli
 
 
 def main():
     parser = cli.Parser(description=__doc__)
     experiment.add_arguments(parser, output_folder="vqvae")
-    args = recipes.parse_args(parser)
+    args = experiment.parse_args(parser)
 
     setup = experiment.Experiment(args)
     run, model, optimizer, criterion = setup.start(), setup.network, setup.optimizer, setup.criterion

@@ -1,0 +1,142 @@
+#!/bin/sh
+# Questions of RESULTS.md, each a command. Run it again after a stop: what is trained is not trained twice.
+#
+#   study/study.sh --quick                 most questions in small, on photographs that ship with scikit-image
+#   study/study.sh CIFAR [PHOTOGRAPHS]     every question, on folders of small images with classes and of photographs
+#
+# Everything is chosen on the validation split; `claim` alone measures on test, and `prior`, by which nothing is chosen.
+# Environment: PYTHON, JOBS (runs at a time; where they have equal time, one, so that none has more of the machine),
+# SEEDS, BASELINE and MIX (the loss to beat and the recipe that should, as compare.py takes them; some questions add to
+# them), VQGAN (the one that has the longer time), ONLY (some of the questions, say ONLY="lasts rates").
+set -eu
+unset SLURM_JOB_ID # it would be added to the names of runs, which later commands and a later job look for
+[ ! -x .venv/bin/python ] || PYTHON=${PYTHON:-.venv/bin/python}
+PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-mse=20} MIX=${MIX:-recommended}
+VQGAN=${VQGAN:-$BASELINE,vqgan=0.1}
+QUESTIONS="baselines parts lasts claim frontier width rates quantizers instead photographs prior"
+
+case ${1:-} in
+--quick)
+    DATA="--dataset photos --image-size 32 --limit 2048 --batch-size 64 --hidden-size 32"
+    JUDGES="effnet-lite0" SEEDS=${SEEDS:-2} LENGTHS="1 2" SHORT=1 LONG=2 WIDTH=64 PHOTO_MIX=$MIX
+    MINUTES="0.1 0.2" CODES="64 256" QUESTIONS="baselines lasts claim frontier width rates quantizers instead prior"
+    PRIOR="--hidden-size-prior 16 --num-layers 4 --num-epochs 1" ;;
+-* | "")
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    exit 2 ;;
+*" "*)
+    echo "study.sh: no space may stand in the path of the images: '$1'" >&2
+    exit 2 ;;
+*)
+    DATA="--data-folder $1 --hidden-size 64"
+    JUDGES="effnet-lite0 classifier" SEEDS=${SEEDS:-3} LENGTHS="4 12 30 60" SHORT=4 LONG=12 WIDTH=256
+    MINUTES="5 30" CODES="64 512 4096" PHOTO_MIX=recommended-photos PRIOR="--num-epochs 20"
+    PHOTOS=${2:-}
+    [ -n "$PHOTOS" ] || QUESTIONS=$(echo "$QUESTIONS" | sed 's/photographs//') ;;
+esac
+
+for folder in ${1#--quick} ${PHOTOS:-}; do
+    [ -d "$folder" ] || { echo "study.sh: no folder $folder" >&2; exit 2; }
+done
+"$PYTHON" -c 'import torch' >/dev/null 2>&1 || {
+    echo "study.sh: $PYTHON has no torch: say PYTHON=... or set up .venv (README, Install)" >&2
+    exit 2
+}
+
+# compare NAME FLAG...: the tables of models/study/NAME, those of the test split in models/study/NAME/test.
+compare() {
+    name=$1
+    shift
+    echo "== $name: compare.py $*"
+    "$PYTHON" compare.py --output "study/$name" --jobs "$JOBS" --features $JUDGES "$@"
+}
+
+# How strong is a pixel loss at its best? Weight and learning rate of MSE and of L1; of the best, rates for longer.
+baselines() {
+    compare baselines --preset baselines $DATA --num-epochs $SHORT
+    compare "baselines-$LONG" --baseline $BASELINE --losses $BASELINE,lr=1e-3 $BASELINE,lr=4e-3 $DATA --num-epochs $LONG
+}
+
+# Flags of a training of so many epochs: the longer it is, the lower the learning rate that suits the baseline.
+of() { echo "$DATA --num-epochs $1 --lr $([ "$1" -le 4 ] && echo 4e-3 || echo 2e-3)"; }
+
+# What does each part of the mix bring? The mix without it, and the baseline in the mix's network; for longer, the loss
+# without the network and the network without the loss.
+parts() {
+    compare parts --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 \
+        $MIX,sharpen=0 $MIX,psnr=0,l1=1 $BASELINE,fine-blocks=1 --seeds $SEEDS $(of $SHORT)
+    compare "parts-$LONG" --baseline $BASELINE --losses $MIX,fine-blocks=0 $BASELINE,fine-blocks=1 --seeds $SEEDS $(of $LONG)
+}
+
+# Does it last? The ratio to the baseline against the length of training, and one plot of it.
+lasts() {
+    for epochs in $LENGTHS; do
+        compare "epochs-$epochs" --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $epochs)
+    done
+    "$PYTHON" -m study.lengths $(printf 'study/epochs-%s ' $LENGTHS) --output models/study/lasts.png
+}
+
+# The claim: the same runs at two lengths, once, on test.
+claim() {
+    for epochs in $SHORT $LONG; do
+        compare "epochs-$epochs" --split test --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $epochs)
+    done
+}
+
+# What does more sharpness cost, and what does it bring?
+frontier() {
+    compare frontier --baseline $BASELINE --losses $MIX "$MIX,sharpen=0.3" "$MIX,root-ssim=0.8" $(of $SHORT)
+}
+
+# Does it hold in a wider network?
+width() { compare width --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $LONG) --hidden-size $WIDTH; }
+
+# At every rate? Curves, and bits saved at equal PSNR, SSIM and Fréchet distance.
+rates() {
+    rates=$(for k in $CODES; do echo "k=$k"; done)
+    compare rates --baseline $BASELINE --losses $MIX --rates $rates --seeds $SEEDS $(of $SHORT)
+    compare coarse --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $SHORT) --downsample 8
+}
+
+# Under every quantizer? Each beside the baseline under the same one; moving averages are what `lasts` has.
+quantizers() {
+    for quantizer in gradient cosine fsq rotation; do
+        compare "quantizer-$quantizer" --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $SHORT) \
+            --quantizer $quantizer
+    done
+}
+
+# What else would one use in the same time? The published training loop as it is; a VQGAN on the best baseline, at two
+# weights and two learning rates of its discriminator, and with a perceptual term; the mix, the last fifth of it under a
+# discriminator. VQGAN, the one that has the longer time as well, is what the shorter one chose.
+instead() (
+    set -- $MINUTES
+    JOBS=1
+    compare "minutes-$1" --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 ancestor "$BASELINE,vqgan" \
+        "$BASELINE,vqgan=0.1" "$BASELINE,vqgan=0.1,disc-lr=5e-4" l1=5,vqgan=0.1,perceptual=5 \
+        "$MIX,vqgan=0.1,disc-start=0.8" $DATA --minutes "$1"
+    compare "minutes-$2" --baseline $BASELINE --losses $MIX $VQGAN $DATA --minutes "$2"
+)
+
+# On photographs of 128x128? Watch the colours (saturation ratio). Whatever their classes, no judge learns them.
+photographs() (
+    JUDGES=effnet-lite0
+    compare photographs --baseline $BASELINE --losses mse $PHOTO_MIX $MIX --seeds $SEEDS --data-folder "$PHOTOS" \
+        --image-size 128 --random-crop --hidden-size 64 --batch-size 8 --average-weights 0.99 --num-epochs 60
+)
+
+# Does it help the prior? The same PixelCNN on the codes of both: nats, the distance and the classes of its samples.
+prior() {
+    for run in models/study/epochs-$LONG/*-seed0; do
+        name=study/prior/$(basename "$run")
+        echo "== prior: $name"
+        "$PYTHON" pixelcnn_prior.py --model "$run" --output-folder "$name" --resume $PRIOR
+        case $JUDGES in
+        *classifier*) "$PYTHON" -m study.class_agreement --model "$run" --prior "models/$name" --samples 500 ;;
+        esac
+    done
+}
+
+for question in ${ONLY:-$QUESTIONS}; do
+    "$question"
+done

@@ -1,0 +1,54 @@
+"""lengths.py: what the tables of several comparisons become in one plot."""
+import json
+
+import pytest
+from conftest import call
+from PIL import Image
+
+import compare
+from harness import report
+from study import lengths
+from study.runs import Sweep
+
+
+def compared(folder, name, epochs, values, losses=({"mse": 1.}, {"l1": 1.}), **flags):
+    """What compare.py leaves of a comparison that lengths.py reads: every figure of l1 is values, by seed, of mse 1."""
+    path = folder / "models" / name
+    run = (path.parent if path.name == "test" else path) / "mse-seed0"
+    for made in (path, run):
+        made.mkdir(parents=True, exist_ok=True)
+    (run / "args.json").write_text(json.dumps({"num_epochs": epochs, "minutes": None, "k": 8} | flags))
+    sweep, keys = Sweep(list(losses), [{"mse": 1.}], [""], len(values)), (*compare.DIFFERENCES, "judge")
+    figures = {(loss, seed): dict.fromkeys(keys, value if loss == "l1" else 1.) | {"trained_through": None}
+               for loss in sweep.mixes for seed, value in enumerate(values)}
+    rows = compare.against_baselines(sweep, figures, ["judge"], False)
+    report.write_tables(path, {"against": (rows, "")}, [{"loss": loss, "seed": seed} for loss, seed in figures])
+
+
+def test_a_plot_has_a_point_for_each_length(tmp_path, monkeypatch):
+    compared(tmp_path, "four/test", 4, [0.5, 0.6], lr=4e-3)
+    compared(tmp_path, "deep/twelve", 12, [0.75], lr=2e-3)
+    drawn, real = [], report.draw_curves
+    monkeypatch.setattr(report, "draw_curves", lambda *args, **how: drawn.append((args[2], how)) or real(*args, **how))
+    code, out, err = call(tmp_path, "study/lengths.py", "deep/twelve", "models/four/test", "--output", "plot.png")
+    assert code == 0 and out == "plot.png\n" and not err, err
+    (panels, how), = drawn
+    assert how == {"log_ticks": [4, 12]} and set(panels) == set(lengths.PANELS)
+    for title, values in zip(lengths.PANELS, ((0.3 ** 0.5, 0.75), (-0.45, -0.25), (-0.45, -0.25))):
+        (name, ((_, one, low, high), (_, mean, *interval))), = panels[title].items()
+        assert name == "l1 beside mse" and one == values[1] and low != low and high != high
+        assert mean == pytest.approx(values[0], abs=1e-3) and interval[0] < mean < interval[1]
+    assert Image.open(tmp_path / "plot.png").size[0] > 1000
+
+
+def test_bad_input_is_one_line(tmp_path):
+    compared(tmp_path, "minutes", 100, [1., 1.], minutes=5.)
+    compared(tmp_path, "alone", 4, [1.], losses=[{"mse": 1.}])
+    for name, flags in (("four", {}), ("again", {}), ("other", {"k": 16}), ("cut", {})):
+        compared(tmp_path, name, 12 if name == "other" else 4, [1., 1.], **flags)
+    (tmp_path / "models" / "cut" / "table.json").write_text("{}")
+    for names, words in (("minutes", "for minutes"), ("alone", "with itself"), ("cut", "does not hold all"),
+                         ("none", "none/table.json"), ("four again", "both of 4 epochs"), ("four other", "another k")):
+        code, _, err = call(tmp_path, "study/lengths.py", *names.split())
+        assert code == 2 and words in err and err.count("\n") == 1, err
+    assert not (tmp_path / "lengths.png").exists()

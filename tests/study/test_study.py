@@ -1,0 +1,63 @@
+"""study.sh: every command of it is understood, without a run of any."""
+import subprocess
+import sys
+
+import pytest
+from conftest import HERE
+
+import compare
+from study import mixes
+from study.runs import Sweep
+
+
+def commands(folder, *arguments, **environment):
+    """What study.sh would run, were Python not an echo."""
+    done = subprocess.run(["sh", str(HERE / "study" / "study.sh"), *arguments], cwd=folder, text=True,
+                          capture_output=True, env={"PATH": "/usr/bin:/bin", "PYTHON": "echo", **environment})
+    lines = [line.split() for line in done.stdout.splitlines() if not line.startswith("==")]
+    return done.returncode, lines, done.stderr
+
+
+@pytest.mark.parametrize("arguments, questions", [(("--quick",), 16), (("CIFAR", "PHOTOS"), 21)])
+def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions):
+    for folder in ("CIFAR", "PHOTOS"):
+        (tmp_path / folder).mkdir()
+    code, found, err = commands(tmp_path, *arguments)
+    assert code == 0, err
+    compared = [command for command in found if command[0] == "compare.py"]
+    assert len(compared) == questions and any("pixelcnn_prior.py" in command for command in found)
+    splits = []
+    for command in compared:
+        monkeypatch.setattr(sys, "argv", command)
+        args, flags = compare.parse_args()
+        losses = mixes.PRESETS[args.preset]() if args.preset else map(mixes.parse_mix, args.losses)
+        sweep = Sweep(list(losses), list(map(mixes.parse_mix, args.baseline)), args.rates, args.seeds)
+        for mix in sweep.mixes.values():
+            mixes.meaning(mixes.command_of(mix, 0, flags, args.vqgan_flags))
+        splits.append(args.split)
+    assert splits.count("test") == 2  # the claim, at two lengths
+    plot, = (command for command in found if command[:2] == ["-m", "study.lengths"])
+    lengths = ["1", "2"] if arguments == ("--quick",) else ["4", "12", "30", "60"]
+    assert plot[2:] == [*(f"study/epochs-{length}" for length in lengths), "--output", "models/study/lasts.png"]
+
+
+def test_runs_have_the_same_names_in_a_job_of_slurm(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "job ${SLURM_JOB_ID-none}"\n')
+    python.chmod(0o755)
+    code, found, _ = commands(tmp_path, "--quick", ONLY="width", PYTHON=str(python), SLURM_JOB_ID="42")
+    assert code == 0 and found == [["job", "none"]]
+
+
+def test_questions_are_asked_by_name_and_usage_is_told(tmp_path):
+    code, found, _ = commands(tmp_path, "--quick", ONLY="rates", MIX="l1,ssim=0.5")
+    assert code == 0 and len(found) == 2 and "l1,ssim=0.5" in found[0]
+    assert found[0][-6:] == ["--hidden-size", "32", "--num-epochs", "1", "--lr", "4e-3"]
+    code, found, err = commands(tmp_path, "my images")
+    assert code == 2 and not found and "no space" in err
+    code, found, err = commands(tmp_path, "nowhere")
+    assert code == 2 and not found and "no folder nowhere" in err
+    code, found, err = commands(tmp_path, "--quick", PYTHON="false")
+    assert code == 2 and not found and "false has no torch" in err
+    code, found, err = commands(tmp_path)
+    assert code == 2 and not found and "study/study.sh --quick" in err and "ONLY" in err

@@ -1,0 +1,176 @@
+"""evaluate.py and reconstruct.py through their command lines."""
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics.functional.image
+from conftest import call, write_images
+from PIL import Image
+
+import evaluate
+import metrics
+from harness import checkpoint
+from modules import VectorQuantizedVAE
+from reconstruct import list_sources, reach, reconstruct
+
+VQVAE = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",
+         "--num-epochs", "1", "--device", "cpu", "--lr", "1e-3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory with 60 images 16x16 and two VQ-VAEs of them."""
+    path = tmp_path_factory.mktemp("evaluate")
+    write_images(path, 60)
+    for name, flags in (("a", ()), ("b", ("--ssim-weight", "1"))):
+        code, _, err = call(path, "vqvae.py", *VQVAE, *flags, "--output-folder", name)
+        assert code == 0, err
+    return path
+
+
+def test_one_table_picture_and_file_of_several_models(folder):
+    code, out, err = call(folder, "evaluate.py", "--model", "models/a/best.pt", "models/b/best.pt", "--device", "cpu")
+    assert code == 0, err
+    found = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert set(found["models"]) == {"a", "b"} and found["setting"]["images"] == 6
+    assert "EfficientNet-Lite0" in out and "96x96" in out and "N = 6" in out
+    for name, figures in found["models"].items():
+        trained = json.loads((folder / "models" / name / "results.json").read_text())
+        assert figures["psnr"] == pytest.approx(trained["psnr"], abs=1e-4)
+        low, high = figures["psnr_interval"]
+        assert low <= figures["psnr"] <= high and figures["frechet_distance"] > 0
+        assert figures["ms_per_step"] == trained["ms_per_step"]
+    a, b = found["models"].values()
+    mean, low, high = b["ssim_difference"]
+    assert mean == pytest.approx(b["ssim"] - a["ssim"]) and low <= mean <= high and a["ssim_difference"] == [0, 0, 0]
+    assert f"| {b['psnr'] - a['psnr']:+.3g} [" in out and "minus a, by image" in out
+    assert Image.open(folder / "evaluation" / "models.png").size[1] > 3 * 96
+
+
+def test_a_split_and_a_runs_folder_are_taken_by_name(folder):
+    for split in ("test", "valid"):
+        code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--split", split, "--no-features",
+                              "--output", split, "--device", "cpu")
+        assert code == 0 and f"{split} split, 6 images" in out, err
+    valid, test = (json.loads((folder / split / "results.json").read_text())["models"]["a"]
+                   for split in ("valid", "test"))
+    assert valid["psnr"] != test["psnr"] and test["checkpoint"] == "models/a/best.pt"
+    found = set()  # all 48 images of train, whatever the batches
+    for size in ("32", "48"):
+        code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--split", "train", "--batch-size", size,
+                            "--no-features", "--output", "train", "--device", "cpu")
+        assert code == 0, err
+        results = json.loads((folder / "train" / "results.json").read_text())
+        found.add((results["setting"]["images"], round(results["models"]["a"]["psnr"], 4)))
+    assert len(found) == 1
+
+
+def test_a_judge_that_a_model_was_trained_through_is_marked(folder):
+    contents = checkpoint.load(folder / "models/a/best.pt", "vqvae")
+    (folder / "models/p").mkdir()
+    contents["args"]["perceptual_weight"] = 1.
+    checkpoint.save(folder / "models/p/best.pt", "vqvae", contents)
+    code, out, err = call(folder, "evaluate.py", "--model", "models/a", "models/p", "--device", "cpu")
+    assert code == 0, err
+    a, p = (next(line for line in out.splitlines() if line.startswith(f"| {name} ")) for name in "ap")
+    assert "†" not in a and p.count("†") == 3 and "† judged by the network" in out
+
+
+def test_what_cannot_be_evaluated_is_one_line(folder, monkeypatch):
+    code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--features", "classifier", "--device", "cpu")
+    assert code == 2 and "at least two classes, this one has none" in err
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no network:\ntry later")
+    monkeypatch.setattr(torchmetrics.functional.image, "learned_perceptual_image_patch_similarity", unreachable)
+    code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--lpips", "--no-features", "--device", "cpu")
+    assert code == 2 and "--lpips needs" in err and "no network: try later" in err and err.count("\n") == 1
+
+
+def test_models_of_other_data_and_missing_ones_are_refused(folder):
+    assert call(folder, "vqvae.py", *VQVAE, "--image-size", "12", "--output-folder", "small")[0] == 0
+    code, _, err = call(folder, "evaluate.py", "--model", "models/a/best.pt", "models/small/best.pt")
+    assert code == 2 and "evaluate them apart" in err
+    code, _, err = call(folder, "evaluate.py", "--model", "models/nothing/best.pt")
+    assert code == 2 and "no checkpoint at" in err
+
+
+def test_bootstrap_interval_covers_the_mean_of_a_known_distribution():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = metrics.bootstrap_interval(values)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert metrics.bootstrap_interval(torch.ones(5)) == (1., 1.)
+
+
+def test_short_names_tell_models_apart():
+    assert evaluate.short_names(["models/a/best.pt", "models/b/best.pt"]) == {
+        "models/a/best.pt": "a", "models/b/best.pt": "b"}
+    assert evaluate.short_names(["a/best.pt", "a/last.pt"]) == {"a/best.pt": "a/best.pt", "a/last.pt": "a/last.pt"}
+
+
+# --- reconstruct.py
+
+@pytest.mark.parametrize("size", [(64, 64), (301, 150), (130, 333), (1, 1)])
+@pytest.mark.parametrize("downsample", [4, 8, 16])
+def test_tiles_give_what_the_whole_gives(size, downsample):
+    torch.manual_seed(0)
+    model, x = VectorQuantizedVAE(3, 8, 16, downsample=downsample).eval(), torch.rand(1, 3, *size) * 2 - 1
+    whole, tiled = reconstruct(model, x, 1024), reconstruct(model, x, 50)
+    assert whole.shape == x.shape
+    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("downsample", [4, 8, 16])
+def test_the_reach_is_what_a_pixel_depends_on(downsample):
+    torch.manual_seed(0)
+    model = VectorQuantizedVAE(1, 8, downsample=downsample).double().eval()
+    for layer in (*model.encoder.modules(), *model.decoder.modules()):  # so that nothing cancels or is cut off
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            layer.weight.data = layer.weight.data.abs() / layer.weight.data.abs().sum()
+    side, found = 16 * downsample * 2, 0
+    for pixel in range(side // 2, side // 2 + downsample):
+        x = torch.ones(1, 1, downsample, side, dtype=torch.double, requires_grad=True)
+        model.decoder(model.encoder(x))[..., pixel].sum().backward()
+        seen = x.grad.abs().sum((0, 1, 2)).nonzero().flatten()
+        found = max(found, pixel - int(seen[0]), int(seen[-1]) - pixel)
+    assert found <= reach(model) <= found + 2 * downsample
+
+
+def test_files_whose_names_meet_are_told_apart(folder):
+    photos = folder / "meet"
+    photos.mkdir()
+    for name in ("a.png", "a.bmp", "b.png"):
+        Image.new("RGB", (16, 16), (len(name), 99, 9)).save(photos / name)
+    code, out, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "meet")
+    assert code == 0, err
+    assert sorted(path.name for path in (folder / "reconstructions" / "meet").iterdir()) == [
+        "a.bmp.png", "a.png.png", "b.png"]
+    assert not any(".." in name.parts for _, name in list_sources([photos / ".."]))  # nor does one leave the output
+
+
+def test_reconstructs_files_of_every_kind(folder):
+    photos = folder / "photos"
+    photos.mkdir()
+    for mode, name in (("L", "grey.png"), ("CMYK", "cmyk.jpg"), ("RGBA", "alpha.png"), ("RGB", "odd.png")):
+        Image.new(mode, (33, 17)).save(photos / name)
+    Image.fromarray(np.full((17, 33), 30000, dtype=np.uint16)).save(photos / "16bit.png")
+    code, out, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "photos", "images/0.png")
+    assert code == 0, err
+    for name in ("photos/grey", "photos/cmyk", "photos/alpha", "photos/odd", "photos/16bit", "0"):
+        assert f"{name}.png" in out and (folder / "reconstructions" / f"{name}.png").exists()
+    picture = Image.open(folder / "reconstructions" / "photos" / "odd.png")
+    assert picture.size == (2 * 33 + 3 * 4, 17 + 2 * 4)  # original | reconstruction, in a frame of 4 pixels
+
+    assert "| original, reconstruction " in out
+
+    (photos / "broken.png").write_bytes(b"broken")
+    code, _, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "photos", "--output", "none")
+    assert code == 2 and "broken.png does not decode" in err and not (folder / "none").exists()
+    again = ("reconstruct.py", "--model", "models/a/best.pt", "photos", "--overwrite")
+    code, _, err = call(folder, *again)
+    assert code == 2 and "broken.png does not decode" in err
+    code, out, _ = call(folder, *again, "--skip-broken")
+    assert code == 0 and "skipped 1 broken images of 6" in out
+    code, _, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "nowhere.png")
+    assert code == 2 and "nowhere.png does not exist" in err

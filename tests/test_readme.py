@@ -1,0 +1,136 @@
+"""Every command of the README runs, on small data and for a moment; what it says of recipes and terms is so."""
+import re
+import shlex
+from concurrent.futures import Executor, Future
+
+import pytest
+from conftest import HERE, call, write_images
+from PIL import Image
+
+import compare
+import experiment
+from losses import PIXEL_TERMS, TERMS
+from quantizers import QUANTIZERS
+from study import mixes
+
+README, RESULTS = ((HERE / name).read_text() for name in ("README.md", "RESULTS.md"))
+TRAIN = ["--batch-size", "8", "--num-epochs", "1", "--device", "cpu", "--limit", "16"]
+VQVAE = [*TRAIN, "--hidden-size", "4", "--k", "8"]
+SHORTER = {
+    "vqvae.py": VQVAE, "compare.py": [*VQVAE, "--seeds", "1"], "vqgan.py": [*VQVAE, "--disc-layers", "1"],
+    "pixelcnn_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "2"],
+    "stacked_vqvae.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1", "--codes", "2"],
+    "video_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1"],
+    "study/class_agreement.py": ["--samples", "2"],
+    "benchmarks/benchmark.py": ["--repeats", "1", "--device", "cpu", "prior-step"]}
+ELSEWHERE = ("make", "tensorboard", "python3", "pip", "study/study.sh", "#SBATCH", "#!/bin/bash")
+DRAWN = {"--sample": ["--sample", "2"], "--rollout": ["--rollout", "2"]}  # with a trained model
+
+
+def blocks():
+    """Lines of commands of each code block, comments off and continued lines joined."""
+    for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S):
+        lines = block.replace("\\\n", " ").splitlines()
+        commands = [line for line in lines
+                    if re.match(r"python|torchrun|make|tensorboard|study/|srun|#SBATCH|pip", line)]
+        if commands:
+            yield [shlex.split(line, comments=not line.startswith("#")) for line in commands]
+
+
+def shortened(words):
+    """The command on images/ in place of its data, at a size that takes a moment."""
+    script, *flags = words[1:] if words[0] == "python" else words[words.index("vqvae.py"):]
+    if script == "-m":
+        script, *flags = flags[0].replace(".", "/") + ".py", *flags[1:]
+    kept, skip = [], False
+    for flag in flags:
+        if skip:
+            skip = False
+        elif flag in ("--dataset", "--data-folder", "--minutes", "--action"):
+            skip = True
+        else:
+            kept += ["photo"] if flag == "holiday/" else ["photo/a.jpg"] if flag == "photo.jpg" else [flag]
+    data = ["--data-folder", "images"] if script in ("vqvae.py", "vqgan.py", "compare.py") else []
+    more = SHORTER.get(script, [])
+    drawn = next((small for flag, small in DRAWN.items() if flag in kept), None)
+    return script, [*kept, *data, *([*drawn, "--device", "cpu"] if drawn else more)]
+
+
+class Immediate(Executor):
+    """Runs in this thread, where signals may be caught."""
+
+    def __init__(self, *_, initializer=lambda: None, initargs=()):
+        initializer(*initargs)
+
+    def submit(self, function, *args, **kwargs):
+        future = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def train_here(run, command, threads):
+    code, _, err = call(".", *command, "--resume", "--output-folder", str(run.relative_to("models")))
+    assert code == 0, err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the README's reader is: ten classes, or clips, of images."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_images(folder, 100, side=32)
+    for path in sorted((folder / "images").iterdir()):
+        clip = folder / "images" / str(int(path.stem) // 10)  # or class
+        clip.mkdir(exist_ok=True)
+        path.rename(clip / path.name)
+    (folder / "photo").mkdir()
+    Image.new("RGB", (40, 50), "red").save(folder / "photo" / "a.jpg")
+    return folder
+
+
+def test_every_command_runs(folder, monkeypatch):
+    monkeypatch.setattr(compare, "ThreadPoolExecutor", Immediate)
+    monkeypatch.setattr(compare, "train", train_here)
+    monkeypatch.setattr(mixes, "PRESETS", {name: lambda preset=preset: preset()[:1]
+                                           for name, preset in mixes.PRESETS.items()})
+    ran = set()
+    for number, commands in enumerate(blocks()):
+        for words in commands:
+            if words[0] in ELSEWHERE:
+                continue
+            script, flags = shortened(words)
+            if script in ("compare.py", "vqvae.py", "vqgan.py") and "--output-folder" not in flags:
+                flags += ["--output" if script == "compare.py" else "--output-folder", f"block{number}-{len(ran)}"]
+            code, out, err = call(folder, script, *flags)
+            assert code == 0 and out, f"{' '.join(words)}\n{script} {' '.join(flags)}\n{err}"
+            ran.add(" ".join(words))
+    assert len(ran) > 15
+
+
+def test_make_train_runs(folder):
+    recipe = re.search(r"^train:.*?\n((?:\t.*\n|    .*\n)+)", (HERE / "Makefile").read_text(), re.M).group(1)
+    words = shlex.split(recipe.replace("\\\n", " "))
+    code, out, err = call(folder, *words[words.index("vqvae.py"):], *VQVAE)
+    assert code == 0 and "test split" in out, err
+
+
+def test_make_knows_every_target_that_is_named():
+    targets = set(re.findall(r"^([a-z-]+):", (HERE / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([a-z-]+)", README)) <= targets
+
+
+def test_tables_name_every_recipe_term_and_quantizer():
+    for name, flags in experiment.RECIPES.items():
+        assert f"| `{name}` | `{flags}` |" in README
+    rows = set(re.findall(r"^\| `([a-z0-9-]+)`", README, re.M))
+    assert set(TERMS) <= rows and set(QUANTIZERS) <= rows
+    assert f"(all but {', '.join(f'`{name}`' for name in PIXEL_TERMS)})" in README.replace("\n", " ")
+
+
+def test_pictures_and_links_are_there():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README + RESULTS):
+        assert (HERE / path).exists(), path
+
+
+def test_nothing_is_left_to_fill_in():
+    for text in (README, RESULTS):
+        assert "@@" not in text and "XX" not in text
