@@ -11,10 +11,11 @@ from datasets import check_alike, check_counts
 from harness import checkpoint, cli, distributed, report
 from harness.compiled import graphs_fit
 from harness.run import Run, check_folder, run_folder
-from losses import TERMS, ReconstructionLoss, ms_ssim_weights
+from losses import TERMS, ReconstructionLoss
 from metrics import measure, reported
 from modules import VectorQuantizedVAE
 from quantizers import QUANTIZERS, settings_of
+from terms.structure import ms_ssim_weights
 
 # Name -> larger is better. "last" is the number of steps: best.pt then holds the last epoch.
 MONITORS = {"loss": False, "mse": False, "psnr": True, "ssim": True, "last": True}

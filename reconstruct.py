@@ -10,8 +10,8 @@ from torch import nn
 import metrics
 from harness import checkpoint, cli, report
 from harness.images import BrokenImage, decode, find_images
-from losses import LUMA
 from modules import VectorQuantizedVAE
+from terms.images import LUMA
 
 
 def parse_args():

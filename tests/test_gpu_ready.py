@@ -21,6 +21,7 @@ from modules import GatedPixelCNN, VectorQuantizedVAE
 from priors.networks import StackedVQVAE, VideoPrior
 from quantizers import QUANTIZERS, settings_of
 from study.classifier import Classifier
+from terms import images, structure
 from vqgan import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "unique_dim",
@@ -138,14 +139,14 @@ def cuda(monkeypatch):
     """A fake device, whose first use is over: constants lie on it. From here on, nothing may be copied to it."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 ** 34, 2 ** 35))
     functions._gpu_block.cache_clear()
-    losses.constant.cache_clear()
+    images.constant.cache_clear()
     device = torch.device("cuda")
     with FakeTensorMode():
-        for values in (losses.LUMA, losses.CHROMA, losses.PREWITT, losses.BINOMIAL):
-            losses.constant(values, torch.empty(0, device=device).device)
+        for values in (images.LUMA, images.CHROMA, structure.PREWITT, losses.BINOMIAL):
+            images.constant(values, torch.empty(0, device=device).device)
         yield device
     functions._gpu_block.cache_clear()
-    losses.constant.cache_clear()
+    images.constant.cache_clear()
 
 
 def on_device(tensor, device):

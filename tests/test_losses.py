@@ -10,6 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import losses
 from losses import TERMS, ReconstructionLoss
+from terms import structure
 
 ROOT_EPS = 1e-4  # what the eps inside square roots may leave of an exact value
 
@@ -95,7 +96,7 @@ def test_root_ssim_against_pytorch_msssim_of_each_window(size, window, sigma):
     y = noisy(x)
     windows = (F.unfold((z[:, :1] + 1) / 2, window)[0].t().reshape(-1, 1, window, window) for z in (y, x))
     ssim = pytorch_msssim.ssim(*windows, data_range=1., size_average=False, win_size=window, win_sigma=sigma)
-    eps = losses.ROOT_SSIM_EPS
+    eps = structure.ROOT_SSIM_EPS
     expected = (1 - ssim.clamp(max=1) + eps).sqrt().mean() - eps ** 0.5
     assert TERMS["root-ssim"](y[:, :1], x[:, :1]).item() == pytest.approx(expected.item(), abs=1e-5)
     with pytest.raises(ValueError, match="at least 3"):
@@ -139,9 +140,9 @@ def test_ssim_is_pytorch_msssims_at_any_size_kind_and_number_of_channels(seed):
 
 
 def test_ms_ssim_uses_the_scales_that_fit():
-    assert losses.ms_ssim_weights(256, 161) == losses.MS_SSIM_WEIGHTS
-    weights = losses.ms_ssim_weights(32, 32)
-    published = losses.MS_SSIM_WEIGHTS
+    assert structure.ms_ssim_weights(256, 161) == structure.MS_SSIM_WEIGHTS
+    weights = structure.ms_ssim_weights(32, 32)
+    published = structure.MS_SSIM_WEIGHTS
     assert len(weights) == 2 and sum(weights) == pytest.approx(sum(published))
     assert weights[1] / weights[0] == pytest.approx(published[1] / published[0])
     with pytest.raises(ValueError, match="two scales"):
@@ -212,7 +213,7 @@ def test_structural_terms_see_the_sharpened_original_and_pixel_terms_the_origina
     x, weights = photo(), dict.fromkeys(TERMS, 1.)
     _, parts = ReconstructionLoss(weights, sharpen=0.2)(noisy(x), x)
     for name, term in TERMS.items():
-        target = x if name in losses.PIXEL_TERMS else losses.sharpened(x, 0.2)
+        target = losses.sharpened(x, 0.2) if losses.ROWS[name].structural else x
         assert parts[name] == term(noisy(x), target)
     for amount, terms in ((-0.1, weights), (math.nan, weights), (math.inf, weights), (0.2, {"mse": 1.})):
         with pytest.raises(ValueError, match="--sharpen"):

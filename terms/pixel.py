@@ -1,0 +1,61 @@
+"""Terms of the level and colour of each pixel by itself."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from terms.images import Row, chroma_of, unit
+
+
+def mse(x_tilde, x):
+    """Mean squared error, mean (x_tilde - x)^2: in [0, 4]. Alone with weight 1 it is the published VQ-VAE."""
+    return F.mse_loss(x_tilde, x)
+
+
+def l1(x_tilde, x):
+    """Mean absolute error, mean |x_tilde - x|: in [0, 2]."""
+    return F.l1_loss(x_tilde, x)
+
+
+def psnr(x_tilde, x, ceiling=60.0):
+    """Shortfall of the peak signal-to-noise ratio from 60 dB, as a share of them: in [0, 1], per image, averaged.
+
+    log10(1 + MSE / e) / log10(1 + 1 / e) with e = 10^(-ceiling / 10), MSE on [0, 1]. About 1 - PSNR / ceiling.
+    """
+    e = 10 ** (-ceiling / 10)
+    error = (unit(x_tilde) - unit(x)).square().mean((1, 2, 3))  # (B,)
+    return torch.log1p(error / e).mean() / math.log1p(1 / e)
+
+
+def chroma(x_tilde, x):
+    """Mean absolute error of the chroma channels I and Q of YIQ: in [0, 1.2]. Keeps saturated colours from fading.
+
+    Raises:
+        ValueError: the images have no colour.
+    """
+    return chroma_of(unit(x_tilde) - unit(x)).abs().mean()
+
+
+COARSE = 4  # pixels of a side
+
+
+def coarse_chroma(x_tilde, x):
+    """Mean squared error of I and Q, averaged over 4x4 pixels: in [0, 1.3]. Keeps small coloured things from fading.
+
+    Of colours that are seldom there it asks for the mean, where an absolute error asks for the median: grey.
+
+    Raises:
+        ValueError: the images have no colour, or a side is smaller than 4 pixels.
+    """
+    if min(x.shape[2:]) < COARSE:
+        raise ValueError(f"coarse-chroma needs sides of at least {COARSE} pixels, got {x.shape[2]}x{x.shape[3]}")
+    return F.avg_pool2d(chroma_of(unit(x_tilde) - unit(x)), COARSE).square().mean()
+
+
+ROWS = {
+    "mse": Row(mse),
+    "l1": Row(l1),
+    "chroma": Row(chroma),
+    "coarse-chroma": Row(coarse_chroma),
+    "psnr": Row(psnr),
+}

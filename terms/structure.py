@@ -1,0 +1,182 @@
+"""Terms of neighbourhoods: local contrast, edges, wavelets."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from functions import ssim_maps
+from terms.images import EPS, Row, chroma_of, constant, halved, luma_of, unit
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+
+
+def ssim(x_tilde, x):
+    """1 - SSIM: in [0, 2]; 11-pixel Gaussian window of sigma 1.5, no padding, channels averaged (Wang et al. 2004).
+
+    Raises:
+        ValueError: a side is smaller than the window.
+    """
+    if min(x.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"ssim needs sides of at least {SSIM_WINDOW} pixels, got {x.shape[2]}x{x.shape[3]}")
+    luminance, structure = ssim_maps(unit(x_tilde), unit(x), SSIM_WINDOW, SSIM_SIGMA)
+    return 1 - (luminance * structure).mean()
+
+
+ROOT_SSIM_EPS = 1e-4
+
+
+def root_ssim_window(height, width):
+    """(pixels, sigma) of a window in proportion to the image: (3, 0.75) below 96, (5, 1) at 128, (11, 1.75) at 256.
+
+    Raises:
+        ValueError: a side is smaller than the window.
+    """
+    if min(height, width) < 3:
+        raise ValueError(f"root-ssim needs sides of at least 3 pixels, got {height}x{width}")
+    radius = max(1, min(height, width) // 48)
+    return 2 * radius + 1, 0.5 + radius / 4
+
+
+def root_ssim(x_tilde, x):
+    """Mean over positions of the root of 1 - SSIM: in [0, 1.42]; windows as `root_ssim_window` says.
+
+    The root makes it a metric (Brunet et al. 2012) and, as L1 to MSE, a robust one: what cannot be matched weighs less.
+    eps = 1e-4 inside the root, its own root taken off.
+    """
+    luminance, structure = ssim_maps(unit(x_tilde), unit(x), *root_ssim_window(*x.shape[2:]))
+    dissimilarity = (1 - luminance * structure).clamp(min=0)
+    return (dissimilarity + ROOT_SSIM_EPS).sqrt().mean() - math.sqrt(ROOT_SSIM_EPS)
+
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+
+def ms_ssim_weights(height, width):
+    """Exponents of the scales that fit: the published five from 161 pixels on, else fewer, of the same sum.
+
+    Raises:
+        ValueError: fewer than two scales fit (a side of 20 pixels or less).
+    """
+    scales = sum(min(height, width) > (SSIM_WINDOW - 1) * 2 ** i for i in range(len(MS_SSIM_WEIGHTS)))
+    if scales < 2:
+        raise ValueError(f"ms-ssim needs sides of more than {2 * (SSIM_WINDOW - 1)} pixels for two scales, got "
+                         f"{height}x{width}: use ssim, or larger images (--image-size)")
+    share = sum(MS_SSIM_WEIGHTS[:scales]) / sum(MS_SSIM_WEIGHTS)
+    return tuple(weight / share for weight in MS_SSIM_WEIGHTS[:scales])
+
+
+def ms_ssim(x_tilde, x):
+    """1 - MS-SSIM: in [0, 1]; per image and channel, averaged (Wang et al. 2003); scales as `ms_ssim_weights` says."""
+    x_tilde, x, score = unit(x_tilde), unit(x), 1.
+    weights = ms_ssim_weights(*x.shape[2:])
+    for scale, weight in enumerate(weights):
+        if scale:
+            padding = [side % 2 for side in x.shape[2:]]
+            x_tilde, x = (F.avg_pool2d(image, 2, padding=padding) for image in (x_tilde, x))
+        luminance, structure = ssim_maps(x_tilde, x, SSIM_WINDOW, SSIM_SIGMA)
+        last = scale == len(weights) - 1
+        similarity = (luminance * structure if last else structure).mean((2, 3))  # (B, C)
+        score = score * similarity.clamp(min=EPS) ** weight
+    return 1 - score.mean()
+
+
+def gradient(x_tilde, x):
+    """Mean absolute difference of the finite differences along both axes: in [0, 4] (after Mathieu et al. 2016)."""
+    difference = unit(x_tilde) - unit(x)
+    return sum(torch.diff(difference, dim=axis).abs().mean() for axis in (2, 3))
+
+
+PREWITT = (((1 / 3, 0., -1 / 3),) * 3, ((1 / 3,) * 3, (0.,) * 3, (-1 / 3,) * 3))
+
+
+def _prewitt(luma):
+    """(B, 1, H, W) gradient magnitude by the Prewitt filters, zeros beyond the border as published."""
+    gradients = F.conv2d(luma, constant(PREWITT, luma.device).unsqueeze(1), padding=1)  # (B, 2, H, W)
+    return (gradients.square().sum(1, keepdim=True) + EPS).sqrt()
+
+
+GMSD_C = 170 / 255 ** 2
+
+
+def _similarity(a, b, c, masking=0.):
+    """Similarity of two magnitudes on [0, 1], in (0, 1]; c is the published constant for [0, 255] over 255^2."""
+    return ((2 - masking) * a * b + c) / (a.square() + b.square() - masking * a * b + c)
+
+
+def _gmsd(luma_tilde, luma, masking=0.):
+    """(B,) standard deviation of the gradient magnitude similarity map, 0 at equality."""
+    similarity = _similarity(_prewitt(luma_tilde), _prewitt(luma), GMSD_C, masking)
+    return (similarity.var((1, 2, 3), unbiased=False) + EPS).sqrt() - math.sqrt(EPS)
+
+
+def gmsd(x_tilde, x):
+    """Gradient magnitude similarity deviation: about [0, 0.35]; luma, halved once (Xue et al. 2014, arXiv 1308.3052).
+
+    A deviation, not a mean: an image that is equally wrong everywhere scores 0, so it needs a pixel term beside it.
+    """
+    return _gmsd(halved(luma_of(unit(x_tilde))), halved(luma_of(unit(x)))).mean()
+
+
+MS_GMSD_WEIGHTS, MS_GMSD_MASKING = (0.096, 0.596, 0.289, 0.019), 0.5
+
+
+def ms_gmsd(x_tilde, x):
+    """Root of the weighted mean square of GMSD over four scales of the luma: about [0, 0.35] (Zhang et al. 2017).
+
+    Scales with a side under 3 pixels are left out and the weights renormalised.
+    """
+    luma_tilde, luma, total, weights = luma_of(unit(x_tilde)), luma_of(unit(x)), 0., 0.
+    for scale, weight in enumerate(MS_GMSD_WEIGHTS):
+        if scale:
+            luma_tilde, luma = halved(luma_tilde), halved(luma)
+        if min(luma.shape[2:]) < 3:
+            break
+        total, weights = total + weight * _gmsd(luma_tilde, luma, MS_GMSD_MASKING).square(), weights + weight
+    return ((total / weights + EPS).sqrt() - math.sqrt(EPS)).mean()
+
+
+HAARPSI_C, HAARPSI_ALPHA = 30 / 255 ** 2, 4.2
+
+
+def _haar(luma, scale):
+    """(B, 2, H, W) magnitudes of the horizontal and vertical Haar wavelet responses of size 2^scale."""
+    size = 2 ** scale
+    step = torch.ones(size, size, dtype=luma.dtype, device=luma.device) / size
+    step[:size // 2] *= -1
+    padding = (size // 2 - 1, size // 2) * 2
+    return F.conv2d(F.pad(luma, padding), torch.stack([step, step.t()]).unsqueeze(1)).abs()
+
+
+def haarpsi(x_tilde, x):
+    """1 - HaarPSI, the Haar wavelet perceptual similarity index: in [0, 1] (Reisenhofer et al. 2018, arXiv 1607.06140).
+
+    Images are halved once, as published; colour images add the chroma channels I and Q.
+    """
+    x_tilde, x = halved(unit(x_tilde)), halved(unit(x))
+    luma_tilde, luma = luma_of(x_tilde), luma_of(x)
+    scales = [(_haar(luma_tilde, scale), _haar(luma, scale)) for scale in (1, 2, 3)]  # (B, 2, h, w) each
+    similarity = sum(_similarity(a, b, HAARPSI_C) for a, b in scales[:2]) / 2
+    weight = torch.maximum(*scales[2])
+    if x.shape[1] == 3:
+        chroma_tilde, chroma = (_mean_filtered(chroma_of(image)).abs() for image in (x_tilde, x))
+        similarity = torch.cat([similarity, _similarity(chroma_tilde, chroma, HAARPSI_C).mean(1, keepdim=True)], 1)
+        weight = torch.cat([weight, weight.mean(1, keepdim=True)], 1)
+    ceiling = 1 / (1 + math.exp(-HAARPSI_ALPHA))  # of identical images; also the score where nothing has any contrast
+    local = torch.sigmoid(HAARPSI_ALPHA * similarity)
+    score = ((local * weight).sum((1, 2, 3)) + EPS * ceiling) / (weight.sum((1, 2, 3)) + EPS)
+    return 1 - (torch.logit(score) / HAARPSI_ALPHA).square().mean()
+
+
+def _mean_filtered(x):
+    return F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2, stride=1)
+
+
+ROWS = {
+    "ssim": Row(ssim, structural=True),
+    "root-ssim": Row(root_ssim, structural=True),
+    "ms-ssim": Row(ms_ssim, structural=True),
+    "gradient": Row(gradient, structural=True),
+    "gmsd": Row(gmsd, structural=True),
+    "ms-gmsd": Row(ms_gmsd, structural=True),
+    "haarpsi": Row(haarpsi, structural=True),
+}
