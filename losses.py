@@ -10,17 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from functions import exact_products, with_gradient
+from functions import with_gradient
 from harness import distributed
 from terms import pixel, structure
-from terms.images import EPS, constant
+from terms.images import EPS
 
 ROWS = pixel.ROWS | structure.ROWS
 TERMS = {name: row.term for name, row in ROWS.items()}
 STRUCTURAL_TERMS = {name for name, row in ROWS.items() if row.structural}  # --sharpen shows them sharpened originals
-
-BINOMIAL = ((1., 2., 1.), (2., 4., 2.), (1., 2., 1.))
-
 
 def sharpened(x, amount):
     """Images x (B, C, H, W) after an unsharp mask: x + amount (x - x blurred by 3x3 binomial weights), within [-1, 1].
@@ -28,8 +25,9 @@ def sharpened(x, amount):
     As targets (after Real-ESRGAN, Wang et al. 2021, arXiv 2107.10833) they give back contrast that is lost where detail
     is uncertain and the best guess its mean.
     """
-    weights = constant(BINOMIAL, x.device).expand(x.shape[1], 1, 3, 3) / 16
-    blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weights, groups=x.shape[1])
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    blurred = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
+    blurred = (blurred[..., :-2, :] + 2 * blurred[..., 1:-1, :] + blurred[..., 2:, :]) / 16
     return x.lerp(blurred, -amount).clamp(-1, 1)
 
 
@@ -79,10 +77,19 @@ class ReconstructionLoss(nn.Module):
 
     def value(self, x_tilde, x):
         """Raw values of the terms by name."""
-        with torch.autocast(x.device.type, enabled=False), exact_products():
+        with torch.autocast(x.device.type, enabled=False):
             x_tilde, x = x_tilde.float(), x.float()
             target = sharpened(x, self.sharpen) if self.sharpen else x
             return {name: TERMS[name](x_tilde, target if name in STRUCTURAL_TERMS else x) for name in self.weights}
+
+    def check(self, x):
+        """Raise ValueError where originals x leave [-1, 1]; a loop that compiles calls it with its first batch.
+
+        Once: it waits for the device, and images of one kind have one range.
+        """
+        if x.abs().amax() > 1 + 1e-4:
+            raise ValueError(f"images must lie in [-1, 1], got {x.min():.3g} to {x.max():.3g}")
+        self._range_checked = True
 
     def scales(self):
         """(number of terms,) what each term is multiplied by, its weight left aside."""
@@ -103,10 +110,8 @@ class ReconstructionLoss(nn.Module):
         """
         if x_tilde.shape != x.shape:
             raise ValueError(f"reconstruction {tuple(x_tilde.shape)} and original {tuple(x.shape)} differ in shape")
-        if not self._range_checked:  # once: it waits for the device, and images of one kind have one range
-            if x.abs().amax() > 1 + 1e-4:
-                raise ValueError(f"images must lie in [-1, 1], got {x.min():.3g} to {x.max():.3g}")
-            self._range_checked = True
+        if not (self._range_checked or torch.compiler.is_compiling()):
+            self.check(x)
         weights = self._weights
         if not ((apart or self.balance) and torch.is_grad_enabled() and x_tilde.requires_grad):
             terms = self.value(x_tilde, x)
@@ -137,4 +142,4 @@ class ReconstructionLoss(nn.Module):
 
     def _average(self, norms):
         old = self.average_norms
-        self.average_norms = torch.where(old > 0, old.lerp(norms, 1 - self.decay), norms)
+        old.copy_(torch.where(old > 0, old.lerp(norms, 1 - self.decay), norms))  # in place: a graph keeps its address

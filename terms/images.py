@@ -1,6 +1,5 @@
 """Images as the terms see them, and the row that makes a function a term."""
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,24 +21,26 @@ def unit(x):
     return (x + 1) / 2  # [-1, 1] -> [0, 1]
 
 
-@cache
-def constant(values, device):
-    """A float32 tensor of nested tuples of numbers, brought to a device once: each step would wait for a copy."""
-    return torch.tensor(values, device=device)
-
-
 def luma_of(x):
-    """(B, 1, H, W) luma of colour images; one-channel images are their own."""
+    """(B, 1, H, W) luma of colour images; one-channel images are their own. ValueError for other images.
+
+    A sum, not a product of matrices: on a GPU such a product may be of ten bits (TF32).
+    """
     if x.shape[1] == 1:
         return x
-    return torch.einsum("bchw,c->bhw", x, constant(LUMA, x.device)).unsqueeze(1)
+    if x.shape[1] != 3:
+        raise ValueError(f"luma needs images of 1 or 3 channels, got {x.shape[1]}")
+    red, green, blue = x.split(1, 1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def chroma_of(x):
     """(B, 2, H, W) chroma channels I and Q of colour images. ValueError where they have no colour."""
     if x.shape[1] != 3:
         raise ValueError(f"chroma terms need 3 channels, not {x.shape[1]}: --chroma-weight 0 --coarse-chroma-weight 0")
-    return torch.einsum("bchw,kc->bkhw", x, constant(CHROMA, x.device))
+    red, green, blue = x.split(1, 1)
+    red, blue = red - green, blue - green  # the three weights of a channel sum to 0
+    return torch.cat([weights[0] * red + weights[2] * blue for weights in CHROMA], 1)
 
 
 def halved(x):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from functions import ssim_maps
-from terms.images import EPS, Row, chroma_of, constant, halved, luma_of, unit
+from terms.images import EPS, Row, chroma_of, halved, luma_of, unit
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
@@ -86,13 +86,13 @@ def gradient(x_tilde, x):
     return sum(torch.diff(difference, dim=axis).abs().mean() for axis in (2, 3))
 
 
-PREWITT = (((1 / 3, 0., -1 / 3),) * 3, ((1 / 3,) * 3, (0.,) * 3, (-1 / 3,) * 3))
-
-
 def _prewitt(luma):
     """(B, 1, H, W) gradient magnitude by the Prewitt filters, zeros beyond the border as published."""
-    gradients = F.conv2d(luma, constant(PREWITT, luma.device).unsqueeze(1), padding=1)  # (B, 2, H, W)
-    return (gradients.square().sum(1, keepdim=True) + EPS).sqrt()
+    padded = F.pad(luma, (1, 1, 1, 1))
+    across, down = padded[..., 2:] - padded[..., :-2], padded[..., 2:, :] - padded[..., :-2, :]
+    across = across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :]
+    down = down[..., :-2] + down[..., 1:-1] + down[..., 2:]
+    return ((across.square() + down.square()) / 9 + EPS).sqrt()
 
 
 GMSD_C = 170 / 255 ** 2
@@ -140,11 +140,11 @@ HAARPSI_C, HAARPSI_ALPHA = 30 / 255 ** 2, 4.2
 
 def _haar(luma, scale):
     """(B, 2, H, W) magnitudes of the horizontal and vertical Haar wavelet responses of size 2^scale."""
-    size = 2 ** scale
-    step = torch.ones(size, size, dtype=luma.dtype, device=luma.device) / size
-    step[:size // 2] *= -1
-    padding = (size // 2 - 1, size // 2) * 2
-    return F.conv2d(F.pad(luma, padding), torch.stack([step, step.t()]).unsqueeze(1)).abs()
+    half = 2 ** scale // 2
+    means = F.avg_pool2d(F.pad(luma, (half - 1, half) * 2), half, 1)  # of a quarter of the wavelet
+    falling = means[..., :-half, :-half] - means[..., half:, half:]
+    rising = means[..., :-half, half:] - means[..., half:, :-half]
+    return half / 2 * torch.cat([falling + rising, falling - rising], 1).abs()
 
 
 def haarpsi(x_tilde, x):

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import functions
-import losses
 import quantizers
 from functions import cross_entropy, vq
 from harness import checkpoint, cli
@@ -21,7 +20,6 @@ from modules import GatedPixelCNN, VectorQuantizedVAE
 from priors.networks import StackedVQVAE, VideoPrior
 from quantizers import QUANTIZERS, settings_of
 from study.classifier import Classifier
-from terms import images, structure
 from vqgan import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "unique_dim",
@@ -136,17 +134,13 @@ class NoCopies(TorchDispatchMode):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A fake device, whose first use is over: constants lie on it. From here on, nothing may be copied to it."""
+    """A fake device."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 ** 34, 2 ** 35))
     functions._gpu_block.cache_clear()
-    images.constant.cache_clear()
     device = torch.device("cuda")
     with FakeTensorMode():
-        for values in (images.LUMA, images.CHROMA, structure.PREWITT, losses.BINOMIAL):
-            images.constant(values, torch.empty(0, device=device).device)
         yield device
     functions._gpu_block.cache_clear()
-    images.constant.cache_clear()
 
 
 def on_device(tensor, device):
@@ -294,22 +288,6 @@ def test_the_search_and_ssim_ask_for_whole_products_and_give_the_setting_back(mo
     finally:
         torch.set_float32_matmul_precision(allowed)
     assert set(asked) == {("addmm", "highest"), ("mm", "highest"), ("bmm", "highest")}
-
-
-def test_the_loss_asks_for_whole_products_and_convolutions():
-    asked, x = [], torch.rand(1, 3, 16, 16)
-    criterion = ReconstructionLoss({"mse": 1.})
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(TERMS, "mse", lambda a, b: asked.append(
-                (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)) or F.mse_loss(a, b))
-            criterion(x, x)
-        assert asked == [("highest", False)]
-        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
-    finally:
-        torch.set_float32_matmul_precision(allowed)
 
 
 @pytest.mark.parametrize("seed", range(5))
