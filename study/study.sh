@@ -4,16 +4,17 @@
 #   study/study.sh --quick                 most questions in small, on photographs that ship with scikit-image
 #   study/study.sh CIFAR [PHOTOGRAPHS]     every question, on folders of small images with classes and of photographs
 #
+# It writes to models/ of the project, from whatever directory it is called.
 # Everything is chosen on the validation split; `claim` alone measures on test, and `prior`, by which nothing is chosen.
 # Environment: PYTHON, JOBS (runs at a time; where they have equal time, one, so that none has more of the machine),
 # SEEDS, BASELINE and MIX (the loss to beat and the recipe that should, as compare.py takes them; some questions add to
 # them), VQGAN (the one that has the longer time), ONLY (some of the questions, say ONLY="lasts rates").
-set -eu
-unset SLURM_JOB_ID # it would be added to the names of runs, which later commands and a later job look for
-[ ! -x .venv/bin/python ] || PYTHON=${PYTHON:-.venv/bin/python}
-PYTHON=${PYTHON:-python3} JOBS=${JOBS:-2} BASELINE=${BASELINE:-mse=20} MIX=${MIX:-recommended}
+set -euf # -f: brackets and stars in a path stand for themselves
+unset SLURM_JOB_ID CDPATH # the id would be added to the names of runs, which later commands and a later job look for
+JOBS=${JOBS:-2} BASELINE=${BASELINE:-mse=20} MIX=${MIX:-recommended}
 VQGAN=${VQGAN:-$BASELINE,vqgan=0.1}
 QUESTIONS="baselines parts lasts claim frontier width rates quantizers instead photographs prior"
+IMAGES='' PHOTOS=''
 
 case ${1:-} in
 --quick)
@@ -22,43 +23,58 @@ case ${1:-} in
     MINUTES="0.1 0.2" CODES="64 256" QUESTIONS="baselines lasts claim frontier width rates quantizers instead prior"
     PRIOR="--hidden-size-prior 16 --num-layers 4 --num-epochs 1" ;;
 -* | "")
-    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
-    exit 2 ;;
-*" "*)
-    echo "study.sh: no space may stand in the path of the images: '$1'" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
     exit 2 ;;
 *)
-    DATA="--data-folder $1 --hidden-size 64"
+    IMAGES=$1 PHOTOS=${2:-} DATA="--hidden-size 64"
     JUDGES="effnet-lite0 classifier" SEEDS=${SEEDS:-3} LENGTHS="4 12 30 60" SHORT=4 LONG=12 WIDTH=256
     MINUTES="5 30" CODES="64 512 4096" PHOTO_MIX=recommended-photos PRIOR="--num-epochs 20"
-    PHOTOS=${2:-}
-    [ -n "$PHOTOS" ] || QUESTIONS=$(echo "$QUESTIONS" | sed 's/photographs//') ;;
+    [ -n "$PHOTOS" ] || QUESTIONS=$(echo "$QUESTIONS" | sed 's/photographs //') ;;
 esac
 
-for folder in ${1#--quick} ${PHOTOS:-}; do
-    [ -d "$folder" ] || { echo "study.sh: no folder $folder" >&2; exit 2; }
-done
-"$PYTHON" -c 'import torch' >/dev/null 2>&1 || {
-    echo "study.sh: $PYTHON has no torch: say PYTHON=... or set up .venv (README, Install)" >&2
+fail() {
+    echo "study.sh: $1" >&2
     exit 2
 }
 
-# compare NAME FLAG...: the tables of models/study/NAME, those of the test split in models/study/NAME/test.
+[ -z "$IMAGES" ] || IMAGES=$(cd -- "$IMAGES" 2>/dev/null && pwd) || fail "no folder $1"
+[ -z "$PHOTOS" ] || PHOTOS=$(cd -- "$PHOTOS" 2>/dev/null && pwd) || fail "no folder $2"
+case ${PYTHON:-} in [!/]*/*) PYTHON=$PWD/$PYTHON ;; esac
+cd -- "$(dirname -- "$0")/.." # where models/ is, whatever the working directory
+for question in ${ONLY:-}; do
+    case " $QUESTIONS " in
+    *" $question "*) ;;
+    *) fail "ONLY names '$question', the questions are: $QUESTIONS" ;;
+    esac
+done
+
+[ ! -x .venv/bin/python ] || PYTHON=${PYTHON:-.venv/bin/python}
+PYTHON=${PYTHON:-python3}
+"$PYTHON" -c 'import torch' >/dev/null 2>&1 || fail "$PYTHON has no torch: say PYTHON=... or set up .venv (README, Install)"
+
+# tables NAME FLAG...: the tables of models/study/NAME, those of the test split in models/study/NAME/test.
+tables() {
+    output=study/$1
+    shift
+    echo "== $output: compare.py $*"
+    "$PYTHON" compare.py --output "$output" --jobs "$JOBS" --features $JUDGES "$@"
+}
+
+# compare NAME FLAG...: tables of trainings on IMAGES.
 compare() {
     name=$1
     shift
-    echo "== $name: compare.py $*"
-    "$PYTHON" compare.py --output "study/$name" --jobs "$JOBS" --features $JUDGES "$@"
+    tables "$name" $DATA ${IMAGES:+--data-folder "$IMAGES"} "$@"
 }
 
 # How strong is a pixel loss at its best? Weight and learning rate of MSE and of L1; of the best, rates for longer.
 baselines() {
-    compare baselines --preset baselines $DATA --num-epochs $SHORT
-    compare "baselines-$LONG" --baseline $BASELINE --losses $BASELINE,lr=1e-3 $BASELINE,lr=4e-3 $DATA --num-epochs $LONG
+    compare baselines --preset baselines --num-epochs $SHORT
+    compare "baselines-$LONG" --baseline $BASELINE --losses $BASELINE,lr=1e-3 $BASELINE,lr=4e-3 --num-epochs $LONG
 }
 
 # Flags of a training of so many epochs: the longer it is, the lower the learning rate that suits the baseline.
-of() { echo "$DATA --num-epochs $1 --lr $([ "$1" -le 4 ] && echo 4e-3 || echo 2e-3)"; }
+of() { echo "--num-epochs $1 --lr $([ "$1" -le 4 ] && echo 4e-3 || echo 2e-3)"; }
 
 # What does each part of the mix bring? The mix without it, and the baseline in the mix's network; for longer, the loss
 # without the network and the network without the loss.
@@ -114,20 +130,21 @@ instead() (
     JOBS=1
     compare "minutes-$1" --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 ancestor "$BASELINE,vqgan" \
         "$BASELINE,vqgan=0.1" "$BASELINE,vqgan=0.1,disc-lr=5e-4" l1=5,vqgan=0.1,perceptual=5 \
-        "$MIX,vqgan=0.1,disc-start=0.8" $DATA --minutes "$1"
-    compare "minutes-$2" --baseline $BASELINE --losses $MIX $VQGAN $DATA --minutes "$2"
+        "$MIX,vqgan=0.1,disc-start=0.8" --minutes "$1"
+    compare "minutes-$2" --baseline $BASELINE --losses $MIX $VQGAN --minutes "$2"
 )
 
 # On photographs of 128x128? Watch the colours (saturation ratio). Whatever their classes, no judge learns them.
 photographs() (
     JUDGES=effnet-lite0
-    compare photographs --baseline $BASELINE --losses mse $PHOTO_MIX $MIX --seeds $SEEDS --data-folder "$PHOTOS" \
+    tables photographs --baseline $BASELINE --losses mse $PHOTO_MIX $MIX --seeds $SEEDS --data-folder "$PHOTOS" \
         --image-size 128 --random-crop --hidden-size 64 --batch-size 8 --average-weights 0.99 --num-epochs 60
 )
 
 # Does it help the prior? The same PixelCNN on the codes of both: nats, the distance and the classes of its samples.
 prior() {
-    for run in models/study/epochs-$LONG/*-seed0; do
+    set +f
+    for run in "models/study/epochs-$LONG/"*-seed0; do
         name=study/prior/$(basename "$run")
         echo "== prior: $name"
         "$PYTHON" pixelcnn_prior.py --model "$run" --output-folder "$name" --resume $PRIOR
@@ -135,6 +152,7 @@ prior() {
         *classifier*) "$PYTHON" -m study.class_agreement --model "$run" --prior "models/$name" --samples 500 ;;
         esac
     done
+    set -f
 }
 
 for question in ${ONLY:-$QUESTIONS}; do

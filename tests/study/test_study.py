@@ -41,6 +41,23 @@ def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions
     assert plot[2:] == [*(f"study/epochs-{length}" for length in lengths), "--output", "models/study/lasts.png"]
 
 
+@pytest.mark.parametrize("name", ["my images", "a\ttab", "cifar[1]", "wild*", "$HOME", "-dash", 'quo"te'])
+def test_the_folder_that_was_named_is_used_whatever_its_name(tmp_path, name):
+    for folder in (name, "cifar1", "wildcat"):
+        (tmp_path / folder).mkdir()
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\necho\n")
+    python.chmod(0o755)
+    done = subprocess.run([HERE / "study" / "study.sh", f"./{name}", f"../{tmp_path.name}/{name}"], cwd=tmp_path,
+                          capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "ONLY": "width photographs",
+                                                               "PYTHON": "bin/python"})
+    assert done.returncode == 0, done.stderr
+    for line in (line for line in done.stdout.splitlines() if line.startswith("<compare.py>")):
+        assert f"<--data-folder><{tmp_path / name}>" in line
+    assert done.stdout.count("<compare.py>") == 2
+
+
 def test_runs_have_the_same_names_in_a_job_of_slurm(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "job ${SLURM_JOB_ID-none}"\n')
@@ -52,9 +69,10 @@ def test_runs_have_the_same_names_in_a_job_of_slurm(tmp_path):
 def test_questions_are_asked_by_name_and_usage_is_told(tmp_path):
     code, found, _ = commands(tmp_path, "--quick", ONLY="rates", MIX="l1,ssim=0.5")
     assert code == 0 and len(found) == 2 and "l1,ssim=0.5" in found[0]
-    assert found[0][-6:] == ["--hidden-size", "32", "--num-epochs", "1", "--lr", "4e-3"]
-    code, found, err = commands(tmp_path, "my images")
-    assert code == 2 and not found and "no space" in err
+    assert found[0][-4:] == ["--num-epochs", "1", "--lr", "4e-3"] and "--hidden-size 32" in " ".join(found[0])
+    for named in ("date", "photographs", "rates date", "*"):  # no questions of --quick
+        code, found, err = commands(tmp_path, "--quick", ONLY=named)
+        assert code == 2 and not found and f"'{named.split()[-1]}', the questions are: baselines lasts" in err
     code, found, err = commands(tmp_path, "nowhere")
     assert code == 2 and not found and "no folder nowhere" in err
     code, found, err = commands(tmp_path, "--quick", PYTHON="false")
