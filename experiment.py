@@ -30,6 +30,7 @@ _MIX = "--mse-weight 0 --root-ssim-weight 0.4 --fine-blocks 1"
 RECIPES = {
     "ancestor": "--quantizer gradient --no-codebook-init --restart-below 0 --lr 2e-4 --beta 1",
     "mse": _SCHEDULE,
+    "tuned-mse": f"{_SCHEDULE} --mse-weight 20",  # the best pixel loss that was found: what a mix has to beat
     "recommended": f"{_SCHEDULE} {_MIX} --psnr-weight 1 --chroma-weight 1 --sharpen 0.6",
     "recommended-photos": f"{_SCHEDULE} {_MIX} --l1-weight 1 --coarse-chroma-weight 40 --sharpen 0.3",
 }
