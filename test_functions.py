@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import functions
 from functions import vq, vq_st
+from kernels import nearest
 
 
 def brute_force(inputs, codebook):
@@ -53,9 +54,9 @@ def test_vq_search_is_float32_under_autocast():
 
 
 def test_vq_never_holds_all_distances(monkeypatch):
-    monkeypatch.setattr(functions, "BLOCK", 500)
-    monkeypatch.setattr(functions, "CODES", 12)
-    monkeypatch.setattr(functions, "GROUP", 3)
+    monkeypatch.setattr(nearest, "BLOCK", 500)
+    monkeypatch.setattr(nearest, "CODES", 12)
+    monkeypatch.setattr(nearest, "GROUP", 3)
     largest, addmm = [], torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: largest.append(addmm(*args, **kwargs)) or largest[-1])
     inputs, codebook = torch.randn(333, 4), torch.randn(50, 4)

@@ -4,7 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from functions import ssim_maps
+from kernels.ssim import ROOT_EPS, mean_ssim, ssim_maps
 from terms.images import EPS, Row, chroma_of, halved, luma_of, unit
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
@@ -18,11 +18,7 @@ def ssim(x_tilde, x):
     """
     if min(x.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"ssim needs sides of at least {SSIM_WINDOW} pixels, got {x.shape[2]}x{x.shape[3]}")
-    luminance, structure = ssim_maps(unit(x_tilde), unit(x), SSIM_WINDOW, SSIM_SIGMA)
-    return 1 - (luminance * structure).mean()
-
-
-ROOT_SSIM_EPS = 1e-4
+    return 1 - mean_ssim(unit(x_tilde), unit(x), SSIM_WINDOW, SSIM_SIGMA)
 
 
 def root_ssim_window(height, width):
@@ -43,9 +39,7 @@ def root_ssim(x_tilde, x):
     The root makes it a metric (Brunet et al. 2012) and, as L1 to MSE, a robust one: what cannot be matched weighs less.
     eps = 1e-4 inside the root, its own root taken off.
     """
-    luminance, structure = ssim_maps(unit(x_tilde), unit(x), *root_ssim_window(*x.shape[2:]))
-    dissimilarity = (1 - luminance * structure).clamp(min=0)
-    return (dissimilarity + ROOT_SSIM_EPS).sqrt().mean() - math.sqrt(ROOT_SSIM_EPS)
+    return mean_ssim(unit(x_tilde), unit(x), *root_ssim_window(*x.shape[2:]), root=True) - math.sqrt(ROOT_EPS)
 
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)

@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import functions
 import quantizers
 from functions import cross_entropy, vq
 from harness import checkpoint, cli
@@ -133,14 +132,11 @@ class NoCopies(TorchDispatchMode):
 
 
 @pytest.fixture
-def cuda(monkeypatch):
+def cuda():
     """A fake device."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 ** 34, 2 ** 35))
-    functions._gpu_block.cache_clear()
     device = torch.device("cuda")
     with FakeTensorMode():
         yield device
-    functions._gpu_block.cache_clear()
 
 
 def on_device(tensor, device):
@@ -288,20 +284,3 @@ def test_the_search_and_ssim_ask_for_whole_products_and_give_the_setting_back(mo
     finally:
         torch.set_float32_matmul_precision(allowed)
     assert set(asked) == {("addmm", "highest"), ("mm", "highest"), ("bmm", "highest")}
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_equal_codes_share_the_lowest_index(seed):
-    torch.manual_seed(seed)
-    codes = torch.randint(-1, 2, (200, 3)).float() * torch.tensor([1., -1., 0.])  # few values, and both zeros
-    lowest = functions._lowest_equal_code(codes)
-    expected = [next(i for i, other in enumerate(codes) if torch.equal(code + 0., other + 0.)) for code in codes]
-    assert lowest.tolist() == expected
-
-
-def test_the_block_of_a_gpu_follows_its_free_memory_within_bounds(monkeypatch):
-    for free, expected in ((0, functions.BLOCK), (2 ** 40, functions.LARGEST_BLOCK), (2 ** 31, 2 ** 31 // 4 // 64)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
-        functions._gpu_block.cache_clear()
-        assert functions._block(torch.device("cuda")) == expected
-    functions._gpu_block.cache_clear()

@@ -96,7 +96,7 @@ def test_root_ssim_against_pytorch_msssim_of_each_window(size, window, sigma):
     y = noisy(x)
     windows = (F.unfold((z[:, :1] + 1) / 2, window)[0].t().reshape(-1, 1, window, window) for z in (y, x))
     ssim = pytorch_msssim.ssim(*windows, data_range=1., size_average=False, win_size=window, win_sigma=sigma)
-    eps = structure.ROOT_SSIM_EPS
+    eps = structure.ROOT_EPS
     expected = (1 - ssim.clamp(max=1) + eps).sqrt().mean() - eps ** 0.5
     assert TERMS["root-ssim"](y[:, :1], x[:, :1]).item() == pytest.approx(expected.item(), abs=1e-5)
     with pytest.raises(ValueError, match="at least 3"):
