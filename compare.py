@@ -17,6 +17,7 @@ import datasets
 import metrics
 from experiment import RECIPES
 from harness import checkpoint, cli, report
+from harness.errors import UserError
 from losses import TERMS
 from metrics import measure, reported
 from modules import VectorQuantizedVAE
@@ -83,7 +84,7 @@ def main():
     losses = mixes.PRESETS[args.preset]() if args.preset else [mixes.parse_mix(text) for text in args.losses]
     sweep = Sweep(losses, [mixes.parse_mix(text) for text in args.baseline], args.rates, args.seeds)
     if args.vqgan_flags and not any(mixes.VQGAN in mix for mix in sweep.mixes.values()):
-        raise ValueError("--vqgan-flags are for mixes with vqgan, and none has it: add it to one, or leave them out")
+        raise UserError("--vqgan-flags are for mixes with vqgan, and none has it: add it to one, or leave them out")
     folder = Path("models") / args.output
     runs = {(name, seed): folder / f"{name}-seed{seed}" for seed in sweep.seeds for name in sweep.mixes}
     threads = max(1, torch.get_num_threads() // args.jobs)  # all cores, or as many as OMP_NUM_THREADS says
@@ -130,10 +131,10 @@ def main():
 
 
 def check_tables(path, names):
-    """ValueError where tables of another comparison would be replaced: of a mix whose name is none of these."""
+    """UserError where tables of another comparison would be replaced: of a mix whose name is none of these."""
     others = {run["loss"] for run in checkpoint.load_json(path).get("runs", [])} - set(names) if path.exists() else ()
     if others:
-        raise ValueError(f"{path} is of a comparison that has {min(others)}: give another --output, or that mix too")
+        raise UserError(f"{path} is of a comparison that has {min(others)}: give another --output, or that mix too")
 
 
 # --- measuring
@@ -213,7 +214,7 @@ def terms_for(split):
         try:
             term(x, x)
             names.append(name)
-        except ValueError:
+        except UserError:
             pass
     return names
 
@@ -292,7 +293,7 @@ def delta_rates(sweep, figures, judged):
             try:
                 row[f"% bits at equal {key}"] = report.difference([
                     delta_rate(*points(one, key, sign), *points(other, key, sign)) for one, other in zip(ours, theirs)])
-            except ValueError as error:
+            except UserError as error:
                 row[f"% bits at equal {key}"] = f"none: {error}"
         rows.append(row)
     return rows

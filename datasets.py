@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from harness import cli, distributed
 from harness.batches import Batches
+from harness.errors import UserError
 from harness.images import ImageFiles, find_files
 from readers import boxing, image_folders
 from readers.image_folders import SPLITS, existing
@@ -70,36 +71,36 @@ def source_of(args):
         args.dataset = detect(args.data_folder) if args.data_folder else BUILT_IN
     _refuse_folder(args.dataset, args.data_folder)
     if args.random_crop and not args.image_size:
-        raise ValueError("--random-crop needs --image-size, the size of a crop")
+        raise UserError("--random-crop needs --image-size, the size of a crop")
     args.data_folder = args.data_folder or "data"
     return Source(args.data_folder, args.image_size, not args.no_download, args.skip_broken, args.random_crop or 1.)
 
 
 def _known(name):
-    """What opens a data set. ValueError where nothing does."""
+    """What opens a data set. UserError where nothing does."""
     if name not in DATASETS:
-        raise ValueError(f"the data set {name!r} is not known, only {', '.join(DATASETS)} are")
+        raise UserError(f"the data set {name!r} is not known, only {', '.join(DATASETS)} are")
     return DATASETS[name]
 
 
 def _refuse_folder(name, folder):
     if folder and name == BUILT_IN:
-        raise ValueError(f"the data set {BUILT_IN} is built in and reads no folder: leave out --data-folder {folder}, "
-                         "or name another --dataset")
+        raise UserError(f"the data set {BUILT_IN} is built in and reads no folder: leave out --data-folder {folder}, "
+                        "or name another --dataset")
 
 
 def detect(folder):
     """Name of the data set that a folder holds: the one whose marks are in it, else "folder", any image files.
 
     Raises:
-        FileNotFoundError: there is no such folder. ValueError: it holds several.
+        FileNotFoundError: there is no such folder. UserError: it holds several.
     """
     root = existing(folder)
     held = [name for name, open_splits in DATASETS.items() if hasattr(open_splits, "is_in") and open_splits.is_in(root)]
     if not held or image_folders.split_folders(root):
         held.append("folder")
     if len(held) > 1:
-        raise ValueError(f"--data-folder {folder} holds {' and '.join(held)}: say which with --dataset")
+        raise UserError(f"--data-folder {folder} holds {' and '.join(held)}: say which with --dataset")
     return held[0]
 
 
@@ -181,20 +182,20 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
         `Data`. Where the source is `in_order`, labels are rows (N, 4): label, clip, number of the frame within it and
         action that led to it; clips are in one split as a whole, and train is in their order.
     Raises:
-        FileNotFoundError, ValueError, OSError: no frames in order, missing or empty folder, broken image, sizes or
+        FileNotFoundError, UserError, OSError: no frames in order, missing or empty folder, broken image, sizes or
             channels that differ, other carved splits than the source is to have, no download.
     """
     splits, classes = _known(name)(source)  # split -> (images, labels)
     if source.in_order and any(labels.ndim == 1 for _, labels in splits.values()):
-        raise ValueError(f"{name} has no sequences of frames: boxing has, and a folder of numbered frames such as "
-                         "clip/000001.png")
+        raise UserError(f"{name} has no sequences of frames: boxing has, and a folder of numbered frames such as "
+                        "clip/000001.png")
     missing = [split for split in SPLITS if split not in splits]
     splits = _complete_clips(splits, missing) if source.in_order else complete(splits, missing)
     carved = image_folders.digest([splits[split][0] for split in missing], source.folder)
     if source.carved and not source.in_order and source.carved != carved:  # in order, whole clips are carved
-        raise ValueError(f"files of {source.folder} were added, removed or renamed since the model was trained, so "
-                         "that others are held out for valid and test, some of which it has learnt: put them back as "
-                         "they were, or train anew (from folders train, valid and test, which stay as they are)")
+        raise UserError(f"files of {source.folder} were added, removed or renamed since the model was trained, so "
+                        "that others are held out for valid and test, some of which it has learnt: put them back as "
+                        "they were, or train anew (from folders train, valid and test, which stay as they are)")
     if limit:
         images, labels = splits["train"]
         splits["train"] = (_subset(images, slice(0, limit)), labels[:limit])
@@ -207,7 +208,7 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
     size, channels = (images.size, images.channels) if isinstance(images, ImageFiles) \
         else (tuple(images.shape[1:3]), images.shape[3])
     if source.channels not in (None, channels):
-        raise ValueError(f"{name} in {source.folder} has {channels} channels, the model {source.channels}")
+        raise UserError(f"{name} in {source.folder} has {channels} channels, the model {source.channels}")
     train, valid, test = (Batches(*splits[split], batch_size, device, shuffle=split == "train",
                                   flip=flip and split == "train", seed=seed, workers=workers, size=size)
                           for split in SPLITS)
@@ -218,13 +219,13 @@ def complete(splits, missing):
     """{split: (images or latents, labels)}: those missing carved from train, and train in a fixed random order.
 
     Raises:
-        ValueError: train has too few.
+        UserError: train has too few.
     """
     images, labels = splits["train"]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     carved = max(1, int(len(labels) * CARVED))
     if len(labels) <= carved * len(missing):
-        raise ValueError(f"{len(labels)} training images are too few to carve {' and '.join(missing)} from: add images")
+        raise UserError(f"{len(labels)} training images are too few to carve {' and '.join(missing)} from: add images")
     for split in missing:
         splits[split] = (_subset(images, order[:carved]), labels[order[:carved]])
         order = order[carved:]
@@ -238,8 +239,8 @@ def _complete_clips(splits, missing):
     clips = rows[:, 1].unique(sorted=True)
     carved = max(1, int(len(clips) * CARVED))
     if len(clips) <= carved * len(missing):
-        raise ValueError(f"{len(clips)} clips are too few to carve {' and '.join(missing)} from: add clips, or folders "
-                         "valid and test")
+        raise UserError(f"{len(clips)} clips are too few to carve {' and '.join(missing)} from: add clips, or folders "
+                        "valid and test")
     if missing:
         print(f"{' and '.join(missing)}: the last clips of train. A VQ-VAE that learnt from the same folder has seen "
               "frames of them: folders train, valid and test keep them apart")
@@ -296,17 +297,17 @@ def _in_memory(splits):
 # --- what a trained model asks of the data that it meets again
 
 def check_counts(path, known, now):
-    """ValueError where a run, of which a checkpoint lies at `path`, was trained on another number of images.
+    """UserError where a run, of which a checkpoint lies at `path`, was trained on another number of images.
 
     known, now: images by split; None where the checkpoint is too old to say.
     """
     if known not in (None, now):
-        raise ValueError(f"{path} was trained on other images ({known}) than there are now ({now}): put them back as "
-                         "they were, or train anew (--overwrite)")
+        raise UserError(f"{path} was trained on other images ({known}) than there are now ({now}): put them back as "
+                        "they were, or train anew (--overwrite)")
 
 
 def check_alike(models):
-    """ValueError where one of the models has learnt what is held out for another: splits were carved from other files.
+    """UserError where one of the models has learnt what is held out for another: splits were carved from other files.
 
     Args:
         models: {name: contents of a checkpoint}.
@@ -314,8 +315,8 @@ def check_alike(models):
     carved = {contents["data"]["carved"]: name for name, contents in models.items() if contents["data"].get("carved")}
     if len(carved) > 1:
         first, second, *_ = carved.values()
-        raise ValueError(f"{first} and {second} were trained on other files, of one folder or of two, and hold out "
-                         "other images, some of which the other may have learnt: train both on one folder")
+        raise UserError(f"{first} and {second} were trained on other files, of one folder or of two, and hold out "
+                        "other images, some of which the other may have learnt: train both on one folder")
 
 
 def held_out(models, folder):

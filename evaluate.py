@@ -7,6 +7,7 @@ import torch
 import datasets
 import metrics
 from harness import checkpoint, cli, report
+from harness.errors import UserError
 from harness.run import holds_run
 from metrics import measure, reported
 from modules import VectorQuantizedVAE
@@ -43,20 +44,20 @@ def main():
     args = parse_args()
     folder = Path(args.output)
     if holds_run(folder):
-        raise ValueError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
+        raise UserError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
     results_file = folder / "results.json"
     if results_file.exists() and "setting" not in checkpoint.load_json(results_file):
-        raise ValueError(f"{results_file} is of no evaluation and would be replaced: name another --output")
+        raise UserError(f"{results_file} is of no evaluation and would be replaced: name another --output")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is no folder: name another")
+        raise UserError(f"--output {folder} is no folder: name another")
     device = cli.pick_device(args.device)
     checkpoints = {path: checkpoint.load(path, "vqvae", datasets.FACTS)
                    for path in map(str, map(checkpoint.resolve, args.model))}
     first, facts = next((path, contents["data"]) for path, contents in checkpoints.items())
     for path, contents in checkpoints.items():
         if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):
-            raise ValueError(f"{path} was trained on {_kind(contents['data'])}, {first} on {_kind(facts)}: "
-                             "evaluate them apart")
+            raise UserError(f"{path} was trained on {_kind(contents['data'])}, {first} on {_kind(facts)}: "
+                            "evaluate them apart")
     source = datasets.Source.of(checkpoints[first], args.data_folder)
     data, networks = open_judged(facts["name"], source, checkpoints, () if args.no_features else args.features, device,
                                  args.batch_size, args.num_workers)
@@ -104,15 +105,15 @@ def intervals(values, of_first):
 
 
 def open_lpips():
-    """A function of images (B, C, H, W) in [0, 1] -> LPIPS (B,) (Zhang et al. 2018). ValueError without weights."""
+    """A function of images (B, C, H, W) in [0, 1] -> LPIPS (B,) (Zhang et al. 2018). UserError without weights."""
     try:
         from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as lpips
         compare = partial(lpips, net_type="alex", reduction="none", normalize=True)
         compare(*torch.zeros(2, 1, 3, 64, 64))
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError("--lpips needs the package lpips and the AlexNet weights of torchvision, which are not "
-                         f"available ({reason}): leave it out") from error
+        raise UserError("--lpips needs the package lpips and the AlexNet weights of torchvision, which are not "
+                        f"available ({reason}): leave it out") from error
     return torch.no_grad()(lambda x_tilde, x: compare(x_tilde.expand(-1, 3, -1, -1), x.expand(-1, 3, -1, -1)).flatten())
 
 

@@ -10,6 +10,7 @@ import metrics
 from datasets import check_alike, check_counts
 from harness import checkpoint, cli, distributed, report
 from harness.compiled import graphs_fit
+from harness.errors import UserError
 from harness.run import Run, check_folder, run_folder
 from losses import TERMS, ReconstructionLoss
 from metrics import measure, reported
@@ -151,8 +152,8 @@ class Experiment:
         self.data.shard(distributed.rank(), distributed.world_size())
         VectorQuantizedVAE.check_size(self.data.size, args.downsample)
         if min(self.data.train.sizes()) == 1 and max(self.data.size) == args.downsample:
-            raise ValueError(f"an image of {self.data.size[0]}x{self.data.size[1]} is one latent, and one alone is too "
-                             "little for batch norm: pass a --batch-size of 2 or more, or a larger --image-size")
+            raise UserError(f"an image of {self.data.size[0]}x{self.data.size[1]} is one latent, and one alone is too "
+                            "little for batch norm: pass a --batch-size of 2 or more, or a larger --image-size")
         shape = (self.data.channels, *self.data.size)
         self.criterion = ReconstructionLoss(weights, args.balance, shape, args.sharpen).to(self.device)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from functions import with_gradient
 from harness import distributed
+from harness.errors import UserError
 from terms import pixel, structure
 from terms.images import EPS
 
@@ -44,7 +45,7 @@ class ReconstructionLoss(nn.Module):
         shape: (C, H, W) of the images, where known, to fail now rather than at the first batch.
         sharpen: the `STRUCTURAL_TERMS` see the originals `sharpened` by this amount; 0 is not at all.
     Raises:
-        ValueError: unknown term, weight or amount negative, NaN or infinite, all weights zero, images too small for a
+        UserError: unknown term, weight or amount negative, NaN or infinite, all weights zero, images too small for a
             term, sharpen without a structural term.
     """
 
@@ -54,19 +55,19 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         for name, weight in weights.items():
             if name not in TERMS:
-                raise ValueError(f"unknown loss term {name!r}: the terms are {', '.join(TERMS)}")
+                raise UserError(f"unknown loss term {name!r}: the terms are {', '.join(TERMS)}")
             if not math.isfinite(weight) or weight < 0:
-                raise ValueError(f"--{name}-weight must be finite and not negative, got {weight}")
+                raise UserError(f"--{name}-weight must be finite and not negative, got {weight}")
         self.weights = {name: float(weight) for name, weight in weights.items() if weight > 0}
         if not self.weights:
-            raise ValueError("all loss weights are zero: give at least one term a positive weight, say --mse-weight 1")
+            raise UserError("all loss weights are zero: give at least one term a positive weight, say --mse-weight 1")
         if balance not in (None, "gradient"):
             raise ValueError(f"balance must be None or 'gradient', got {balance!r}")
         if not math.isfinite(sharpen) or sharpen < 0:
-            raise ValueError(f"--sharpen must be finite and not negative, got {sharpen}")
+            raise UserError(f"--sharpen must be finite and not negative, got {sharpen}")
         if sharpen and not STRUCTURAL_TERMS & set(self.weights):
-            raise ValueError("--sharpen is for structural terms: give one a weight, say --root-ssim-weight 0.4, "
-                             "or take it out")
+            raise UserError("--sharpen is for structural terms: give one a weight, say --root-ssim-weight 0.4, "
+                            "or take it out")
         self.balance, self.sharpen, self.gradient_norms = balance, sharpen, {}
         self.register_buffer("_weights", torch.tensor(list(self.weights.values())), persistent=False)
         self._range_checked = False
@@ -83,12 +84,12 @@ class ReconstructionLoss(nn.Module):
             return {name: TERMS[name](x_tilde, target if name in STRUCTURAL_TERMS else x) for name in self.weights}
 
     def check(self, x):
-        """Raise ValueError where originals x leave [-1, 1]; a loop that compiles calls it with its first batch.
+        """Raise UserError where originals x leave [-1, 1]; a loop that compiles calls it with its first batch.
 
         Once: it waits for the device, and images of one kind have one range.
         """
         if x.abs().amax() > 1 + 1e-4:
-            raise ValueError(f"images must lie in [-1, 1], got {x.min():.3g} to {x.max():.3g}")
+            raise UserError(f"images must lie in [-1, 1], got {x.min():.3g} to {x.max():.3g}")
         self._range_checked = True
 
     def scales(self):

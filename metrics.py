@@ -11,6 +11,7 @@ from pytorch_msssim import ssim as msssim_ssim
 
 from functions import exact_products
 from harness import distributed
+from harness.errors import UserError
 
 PERFECT_PSNR = 100.0  # dB, reported where an image is reproduced exactly
 _FLAT = 1e-3  # a quarter of an 8-bit step: keeps ratios finite on images without detail
@@ -139,7 +140,7 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         the first under "<figure>" too.
         Both are of all processes together, the judges' of this one alone.
     Raises:
-        ValueError: outputs of the encoder or the decoder are not finite.
+        UserError: outputs of the encoder or the decoder are not finite.
     """
     was_training = model.training
     model.eval()
@@ -149,8 +150,8 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         with autocast():
             x_tilde, z_e, z_q = model(x)
             if not all(bool(output.isfinite().all()) for output in (z_e, x_tilde)):
-                raise ValueError("outputs of the model are not finite, its training diverged: go on from its last.pt "
-                                 "with --resume and a lower --lr or --precision fp32, or train again")
+                raise UserError("outputs of the model are not finite, its training diverged: go on from its last.pt "
+                                "with --resume and a lower --lr or --precision fp32, or train again")
             latents = model.codebook(z_e)
         counts = counts + torch.bincount(latents.flatten(), minlength=model.K)
         a, b = as_8bit(x_tilde), as_8bit(x)

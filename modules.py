@@ -5,6 +5,7 @@ from torch import nn
 
 from harness.checkpoint import complete
 from harness.compiled import compile_forward
+from harness.errors import UserError
 from quantizers import QUANTIZERS, VQEmbedding  # noqa: F401 (VQEmbedding is looked for here)
 
 
@@ -22,15 +23,15 @@ class Rebuilt:
         """The network of a checkpoint's contents, on the CPU, in eval mode.
 
         Raises:
-            ValueError: the checkpoint lacks some of it, or holds weights that are not finite.
+            UserError: the checkpoint lacks some of it, or holds weights that are not finite.
         """
         path = checkpoint.get("path", "the checkpoint")
         with complete(path):
             model = cls(**checkpoint["model_args"])
             model.load_state_dict(checkpoint["model"])
         if not all(value.isfinite().all() for value in model.state_dict().values()):
-            raise ValueError(f"{path} holds weights that are not finite: its training diverged, train again with a "
-                             "lower --lr")
+            raise UserError(f"{path} holds weights that are not finite: its training diverged, train again with a "
+                            "lower --lr")
         return model.eval()
 
 
@@ -87,7 +88,7 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
         super().__init__()
         quantizer = settings.pop("learner", quantizer)  # its name in older checkpoints
         if quantizer not in QUANTIZERS:
-            raise ValueError(f"the quantizer must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
+            raise UserError(f"the quantizer must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
         self.input_dim, self.dim, self.downsample, self.quantizer = input_dim, dim, downsample, quantizer
         deeper = downsample.bit_length() - 3  # halvings beyond the published two
         self.encoder = nn.Sequential(
@@ -119,23 +120,23 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
 
     @staticmethod
     def check_size(size, downsample):
-        """Raise ValueError unless both sides (H, W) divide by the downsampling."""
+        """Raise UserError unless both sides (H, W) divide by the downsampling."""
         if any(side % downsample for side in size):
             nearest = "x".join(str(max(downsample, side // downsample * downsample)) for side in size)
-            raise ValueError(f"images are {size[0]}x{size[1]} but both sides must divide by {downsample}: pass "
-                             f"--image-size {nearest}")
+            raise UserError(f"images are {size[0]}x{size[1]} but both sides must divide by {downsample}: pass "
+                            f"--image-size {nearest}")
 
     def freeze_codes(self, checkpoint):
         """Take encoder and codebook from another model's checkpoint contents, and learn the decoder alone.
 
         Raises:
-            ValueError: that model's channels, width, number of codes, downsampling or quantizer differ.
+            UserError: that model's channels, width, number of codes, downsampling or quantizer differ.
         """
         other = VectorQuantizedVAE.rebuild(checkpoint)
         for name in ("input_dim", "dim", "K", "downsample", "quantizer"):
             if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"the frozen codebook has {name} {getattr(other, name)}, this model "
-                                 f"{getattr(self, name)}: pass the flags that it was trained with")
+                raise UserError(f"the frozen codebook has {name} {getattr(other, name)}, this model "
+                                f"{getattr(self, name)}: pass the flags that it was trained with")
         self.codes_frozen = True
         for part in ("encoder", "codebook"):
             getattr(self, part).load_state_dict(getattr(other, part).state_dict())

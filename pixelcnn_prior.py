@@ -3,6 +3,7 @@ import torch
 
 import metrics
 from harness import checkpoint, cli, report
+from harness.errors import UserError
 from harness.run import run_folder
 from modules import GatedPixelCNN
 from priors import first_stage
@@ -34,13 +35,13 @@ def main():
     first = first_stage.FirstStage(args, device)
     classes = first.classes
     if args.label is not None and not 0 <= args.label < len(classes):
-        raise ValueError(f"--label {args.label} is out of range: " + (
+        raise UserError(f"--label {args.label} is out of range: " + (
             f"the classes are 0...{len(classes) - 1}" if classes else "this data set has no classes"))
     if args.sample:
         return sample(args, first)
     if args.label is not None:
-        raise ValueError(f"--label {args.label} is for samples, training takes all classes: add --sample, or leave it "
-                         "out")
+        raise UserError(f"--label {args.label} is for samples, training takes all classes: add --sample, or leave it "
+                        "out")
 
     # Data fail here, before an old run is replaced.
     train, valid, test = first.batches("prior", of_classes=bool(classes))
@@ -119,8 +120,8 @@ def sample(args, first):
     if first.classes:
         seen = ckpt["data"].get("labels", range(len(first.classes)))  # older checkpoints name none
         if args.label is not None and args.label not in seen:
-            raise ValueError(f"--label {args.label} ({first.classes[args.label]}) is a class without training images: "
-                             f"this prior knows {', '.join(map(str, seen))}")
+            raise UserError(f"--label {args.label} ({first.classes[args.label]}) is a class without training images: "
+                            f"this prior knows {', '.join(map(str, seen))}")
         seen = torch.tensor(seen if args.label is None else [args.label], device=first.device)
         labels = seen[torch.arange(args.sample, device=first.device) % len(seen)].sort().values
     what = [] if args.label is None else [str(args.label)]

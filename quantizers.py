@@ -23,6 +23,7 @@ from torch import nn
 from functions import rotation_st, vq, vq_st
 from harness import distributed
 from harness.batches import send
+from harness.errors import UserError
 
 # Usage, in units of uniform, that a new code is credited with: a multiple of the threshold of restarts, so that it has
 # the time of ln 2.5 / (1 - decay) steps to earn the rest; so much where nothing restarts.
@@ -226,10 +227,10 @@ def fsq_levels(K):
     has zero among its levels, one of them would lie out of reach.
 
     Raises:
-        ValueError: K is below 3.
+        UserError: K is below 3.
     """
     if K < 3:
-        raise ValueError(f"fsq needs at least 3 codes, got --k {K}")
+        raise UserError(f"fsq needs at least 3 codes, got --k {K}")
     found, longer = [], [(level,) for level in range(3, 9)]
     while longer:
         found += longer

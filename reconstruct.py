@@ -9,6 +9,7 @@ from torch import nn
 
 import metrics
 from harness import checkpoint, cli, report
+from harness.errors import UserError
 from harness.images import BrokenImage, decode, find_images
 from modules import VectorQuantizedVAE
 from terms.images import LUMA
@@ -56,13 +57,13 @@ def figures(x_tilde, x):
 
 
 def list_sources(paths):
-    """[(image file, name under the output folder)]; FileNotFoundError or ValueError where there is none."""
+    """[(image file, name under the output folder)]; FileNotFoundError or UserError where there is none."""
     sources = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = [(file, Path(path.resolve().name) / file.relative_to(path)) for file in find_images(path)[0]]
             if not inside:
-                raise ValueError(f"no images under {path}")
+                raise UserError(f"no images under {path}")
             sources += inside
         elif path.is_file():
             sources.append((path, Path(path.name)))
@@ -75,7 +76,7 @@ def name_targets(sources, output, overwrite):
     """[(image file, the file of its reconstruction)]: a PNG of its name, that keeps the ending where two share a name.
 
     Raises:
-        ValueError: two would be one file still, or one would replace an image that is read, or any file without
+        UserError: two would be one file still, or one would replace an image that is read, or any file without
             `overwrite`.
     """
     names = [name.with_suffix(".png") for _, name in sources]
@@ -84,11 +85,11 @@ def name_targets(sources, output, overwrite):
     for (path, name), target in zip(sources, names):
         target = output / (name.with_name(f"{name.name}.png") if count[target] > 1 else target)
         if target in taken:
-            raise ValueError(f"{taken[target]} and {path} would both be reconstructed as {target}: do them apart")
+            raise UserError(f"{taken[target]} and {path} would both be reconstructed as {target}: do them apart")
         if target.resolve() in inputs:
-            raise ValueError(f"{target} is read and would be replaced: pass another --output than {output}")
+            raise UserError(f"{target} is read and would be replaced: pass another --output than {output}")
         if target.exists() and not overwrite:
-            raise ValueError(f"{target} exists: pass --overwrite to replace it, or another --output than {output}")
+            raise UserError(f"{target} exists: pass --overwrite to replace it, or another --output than {output}")
         taken[target] = path
     return [(path, target) for target, path in taken.items()]
 

@@ -8,6 +8,7 @@ import metrics
 from functions import cross_entropy
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
+from harness.errors import UserError
 from harness.run import run_folder
 from priors import first_stage
 from priors.networks import CODES, StackedVQVAE
@@ -43,7 +44,7 @@ def parse_args():
 def main():
     args = parse_args()
     if not args.without_codes:
-        raise ValueError("--without-codes 0 would leave open what the codes carry: pass a share above 0")
+        raise UserError("--without-codes 0 would leave open what the codes carry: pass a share above 0")
     device = cli.pick_device(args.device)
     first = first_stage.FirstStage(args, device)
     if args.sample:
@@ -61,8 +62,8 @@ def main():
     splits |= {split: with_another(*splits[split], split) for split in ("valid", "test")}
     train, valid, test = first_stage.split_latents(splits, args, device)
     if min(train.sizes()) == 1:
-        raise ValueError("a batch of one image is too little for batch norm: pass a --batch-size and a --limit of 2 or "
-                         "more, or add images")
+        raise UserError("a batch of one image is too little for batch norm: pass a --batch-size and a --limit of 2 or "
+                        "more, or add images")
     autocast = cli.autocast(device, args.precision)
     optimizer = cli.adam(model.parameters(), args.lr)
     run, network = first.start("stacked", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
@@ -111,7 +112,7 @@ def main():
 def with_another(grids, labels, split):
     """Each of the grids (N, h, w) of a split with the one half the split further on, (N, 2, h, w), and the labels."""
     if len(grids) == 1:
-        raise ValueError(f"the {split} split has one image, and none whose codes to swap with its own: add images")
+        raise UserError(f"the {split} split has one image, and none whose codes to swap with its own: add images")
     return torch.stack([grids, grids.roll(len(grids) // 2, 0)], 1), labels
 
 

@@ -10,6 +10,7 @@ import datasets
 from datasets import SPLITS
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
+from harness.errors import UserError
 from harness.run import run_folder
 from priors import first_stage
 from priors.networks import VideoPrior
@@ -56,7 +57,7 @@ def main():
     args = parse_args()
     for flag, value, most in (("--context", args.context, MOST_CONTEXT), ("--fps", args.fps, MOST_FPS)):
         if value > most:
-            raise ValueError(f"{flag} {value} is too many: pass at most {most}")
+            raise UserError(f"{flag} {value} is too many: pass at most {most}")
     device = cli.pick_device(args.device)
     first = first_stage.FirstStage(args, device, in_order=True)
     actions = getattr(datasets.DATASETS[args.dataset], "actions", [])
@@ -98,7 +99,7 @@ def starts_of_windows(rows, length, split, flag):
     """Positions (M,) at which `length` frames of one clip follow one another, of rows (N, 4) in order.
 
     Raises:
-        ValueError: there are none; a smaller `flag` may help.
+        UserError: there are none; a smaller `flag` may help.
     """
     clip, number = rows[:, 1], rows[:, 2]
     follows = (clip[1:] == clip[:-1]) & (number[1:] == number[:-1] + 1)
@@ -106,8 +107,8 @@ def starts_of_windows(rows, length, split, flag):
     first = torch.arange(max(0, len(rows) - length + 1))
     whole = row[first] == row[first + length - 1]
     if not whole.any():
-        raise ValueError(f"no clip of the {split} split has {length} frames in a row, the longest row has "
-                         f"{row.bincount().max()}: pass a smaller {flag}, or number the frames of a clip without gaps")
+        raise UserError(f"no clip of the {split} split has {length} frames in a row, the longest row has "
+                        f"{row.bincount().max()}: pass a smaller {flag}, or number the frames of a clip without gaps")
     return first[whole]
 
 
@@ -158,14 +159,14 @@ def chosen_actions(text, names, recorded):
     """Actions (N, T) int64: those recorded (N, T), or those named, the last one kept up.
 
     Raises:
-        ValueError: a name is not known.
+        UserError: a name is not known.
     """
     if text == RECORDED:
         return recorded
     asked = [name.strip() for name in text.split(",")]
     for name in asked:
         if name not in names:
-            raise ValueError(f"--action {name!r} is not known: " + (
+            raise UserError(f"--action {name!r} is not known: " + (
                 f"{', '.join(names)} are, and, alone, {RECORDED}" if names else
                 "this data set has no actions, leave it out"))
     chosen = [names.index(name) for name in asked][:recorded.shape[1]]
@@ -187,8 +188,8 @@ def roll_out(args, first, actions, device):
     column = widths[1] - widths[0]
     most = (GIF_SIDE - widths[0]) // column + 2
     if len(starts) > most:
-        raise ValueError(f"--starts {args.starts} is too many for a GIF, which has a column for each: pass at most "
-                         f"{most}")
+        raise UserError(f"--starts {args.starts} is too many for a GIF, which has a column for each: pass at most "
+                        f"{most}")
     window = (starts[:, None] + torch.arange(context + args.rollout))
     real = frames[window].long().to(device)
     chosen = chosen_actions(args.action, actions, rows[window[:, context:], 3]).to(device)

@@ -6,6 +6,7 @@ from torch import nn
 
 import experiment
 from harness import cli, distributed
+from harness.errors import UserError
 
 DISCRIMINATOR_BETAS = (0.5, 0.9)
 EPS = 1e-4  # keeps the adaptive weight finite where the adversarial gradient vanishes
@@ -132,10 +133,10 @@ class PatchDiscriminator(nn.Module):
 
     @staticmethod
     def check_size(size, n_layers):
-        """Raise ValueError where images (H, W) are too small for so many halvings."""
+        """Raise UserError where images (H, W) are too small for so many halvings."""
         if min(size) // 2 ** n_layers < 3:
-            raise ValueError(f"images of {size[0]}x{size[1]} are too small for a discriminator of {n_layers} halvings: "
-                             "pass a smaller --disc-layers or a larger --image-size")
+            raise UserError(f"images of {size[0]}x{size[1]} are too small for a discriminator of {n_layers} halvings: "
+                            "pass a smaller --disc-layers or a larger --image-size")
 
     def forward(self, x):
         """Logits (B, 1, h, w) of the patches of images x (B, C, H, W) in [-1, 1]: positive is real."""

@@ -22,6 +22,7 @@ from datasets import Source, load
 from functions import cross_entropy, vq
 from harness import checkpoint, cli, report
 from harness.batches import Batches
+from harness.errors import UserError
 from losses import TERMS
 from modules import GatedPixelCNN, VectorQuantizedVAE, draw
 
@@ -309,10 +310,10 @@ def main():
     args = parser.parse_args()
     device, results = cli.pick_device(args.device), {}
     if not Path(args.output).parent.is_dir() or Path(args.output).is_dir():
-        raise ValueError(f"--output {args.output} must be a file in a folder that exists")
+        raise UserError(f"--output {args.output} must be a file in a folder that exists")
     unknown = set(args.subjects) - set(SUBJECTS)
     if unknown:
-        raise ValueError(f"no such subject: {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
+        raise UserError(f"no such subject: {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
     for subject in args.subjects or [name for name in SUBJECTS if device.type == "cuda" or "throughput" not in name]:
         print(SUBJECTS[subject].__doc__)
         results[subject] = measure(SUBJECTS[subject](device), args.repeats, device)

@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 
+from harness.errors import UserError
 from harness.images import ImageFiles, stack
 
 
@@ -46,11 +47,11 @@ class Batches:
         """Yield the share of process `rank` of `world` alone: whoever goes through all shares sees each image once.
 
         Raises:
-            ValueError: there are fewer images than processes.
+            UserError: there are fewer images than processes.
         """
         if len(self.labels) < world:
-            raise ValueError(f"{len(self.labels)} {split} images are fewer than the {world} processes: start fewer "
-                             "processes, or add images")
+            raise UserError(f"{len(self.labels)} {split} images are fewer than the {world} processes: start fewer "
+                            "processes, or add images")
         self.rank, self.world = rank, world
         self.batch_size *= world
 
@@ -128,7 +129,7 @@ class Batches:
             images, kept = next(decoded)
             skipped += len(batch) - len(kept)
             if not len(kept) and self.world > 1:
-                raise ValueError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
+                raise UserError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
             yield map(send, (images, self.labels[batch[kept]]), [self.device] * 2) if len(kept) else (None, None)
         if self.shuffle:
             self._ahead = (epoch + 1, 0), decoded

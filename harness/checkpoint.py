@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from harness import distributed
+from harness.errors import UserError
 
 FORMAT = 1
 TEMPORARY = ".vqvae.tmp"  # ending of what is being written
@@ -93,7 +94,7 @@ def load(path, kind, facts=None, remedy=None):
     Returns:
         what `save` was given, and its "path".
     Raises:
-        FileNotFoundError: there is none. ValueError: it is damaged, newer than this program, not of this kind, or lacks
+        FileNotFoundError: there is none. UserError: it is damaged, newer than this program, not of this kind, or lacks
             some of the facts.
     """
     path = resolve(path)
@@ -104,14 +105,14 @@ def load(path, kind, facts=None, remedy=None):
             beside = (path.with_name(name) for name in ("best.pt", "last.pt"))
             other = next((f"use another, such as {other}" for other in beside if other != path and other.exists()),
                          "use another")
-            raise ValueError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): "
-                             f"{remedy or other}") from error
+            raise UserError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): "
+                            f"{remedy or other}") from error
     if not isinstance(contents, dict) or contents.get("kind") != kind:
         held = contents.get("kind") if isinstance(contents, dict) else None
-        raise ValueError(f"{path} is a checkpoint of {f'a {held}' if held else 'something else'}, not of a {kind}")
+        raise UserError(f"{path} is a checkpoint of {f'a {held}' if held else 'something else'}, not of a {kind}")
     if not isinstance(contents.get("format"), int) or contents["format"] > FORMAT:
-        raise ValueError(f"{path} has format {contents.get('format')}, this program reads up to {FORMAT}: use the "
-                         "version that wrote it, or a newer one")
+        raise UserError(f"{path} has format {contents.get('format')}, this program reads up to {FORMAT}: use the "
+                        "version that wrote it, or a newer one")
     with complete(path):
         _check(contents, facts or {})
     return contents | {"path": str(path)}
@@ -137,12 +138,12 @@ def _read(file):
 
 @contextmanager
 def complete(path):
-    """Within it, what a checkpoint lacks is a ValueError that names the file."""
+    """Within it, what a checkpoint lacks is a UserError that names the file."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold all that it should ({' '.join(str(error).split())[:200]}): it is "
-                         "damaged or was made by another program, use another") from error
+        raise UserError(f"{path} does not hold all that it should ({' '.join(str(error).split())[:200]}): it is "
+                        "damaged or was made by another program, use another") from error
 
 
 def kind_of(path):
@@ -176,13 +177,13 @@ def save_json(path, values):
 
 
 def load_json(path, kind=dict):
-    """Read a JSON file that holds a `kind`. ValueError where it is damaged or holds anything else."""
+    """Read a JSON file that holds a `kind`. UserError where it is damaged or holds anything else."""
     try:
         values = json.loads(Path(path).read_text())
         if not isinstance(values, kind):
             raise ValueError(f"it holds a {type(values).__name__}")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and run again") from error
+        raise UserError(f"{path} is damaged ({error}): delete it and run again") from error
     return values
 
 

@@ -1,6 +1,6 @@
 """What the scripts share at their command line: flags, device, precision, and how errors are told.
 
-Errors a user can mend are ValueError or OSError; `run` prints them as one line.
+Errors a user can mend are UserError or OSError; `run` prints them as one line.
 """
 import argparse
 import ctypes
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from harness import checkpoint, distributed
+from harness.errors import UserError
 
 # --- flags
 
@@ -137,12 +138,12 @@ def run(main, many=True):
     keep_freed_memory()
     try:
         if not many and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("this script is one process: start it with python, not with torchrun")
+            raise UserError("this script is one process: start it with python, not with torchrun")
         distributed.start()
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not text
         main()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         if distributed.is_failure(error):
             last = f"{checkpoint.saved[-1]} is good, go on with --resume" if checkpoint.saved else "start again"
@@ -194,7 +195,7 @@ def keep_freed_memory(most=MOST_KEPT):
 
 
 def pick_device(name):
-    """torch.device of a name; auto is cuda, then mps, then cpu. ValueError where the machine has no such device."""
+    """torch.device of a name; auto is cuda, then mps, then cpu. UserError where the machine has no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and distributed.world_size() > 1:
@@ -205,8 +206,8 @@ def pick_device(name):
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device {name} is not available here ({str(error).splitlines()[0]}): "
-                         "use --device auto or cpu") from error
+        raise UserError(f"--device {name} is not available here ({str(error).splitlines()[0]}): "
+                        "use --device auto or cpu") from error
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)

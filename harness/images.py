@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from harness.errors import UserError
+
 MANY_FILES = 1024  # from here on, decoding is worth several processes
 SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")  # formats whose mode I is 16 bits a pixel
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
-class BrokenImage(ValueError):
+class BrokenImage(UserError):
     """An image file that does not decode."""
 
 
@@ -109,16 +111,16 @@ class ImageFiles(torch.utils.data.Dataset):
                                              worker_init_fn=partial(_end_with, os.getpid()), **how)
         try:
             yield from loader
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             if not workers:
                 raise
-            raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+            raise UserError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
 
     def decode_all(self):
         """All that decode as one tensor (N, H, W, C) uint8, their numbers, and the paths of those that are broken.
 
         Raises:
-            ValueError: none of them decodes, or one does not that may not be skipped.
+            UserError: none of them decodes, or one does not that may not be skipped.
         """
         workers, batch_size = torch.get_num_threads() if len(self) >= MANY_FILES else 0, MANY_FILES // 8
         parts, kept = [], []
@@ -126,7 +128,7 @@ class ImageFiles(torch.utils.data.Dataset):
             parts += [] if part is None else [part.clone()]  # out of shared memory, which is a file each
             kept += (found + number * batch_size).tolist()
         if not kept:
-            raise ValueError(f"none of {len(self)} images decodes, the first is {self.paths[0]}")
+            raise UserError(f"none of {len(self)} images decodes, the first is {self.paths[0]}")
         broken = [self.paths[i] for i in sorted(set(range(len(self))) - set(kept))]
         return torch.cat(parts), kept, broken
 
@@ -171,7 +173,7 @@ def decode(path, size=None, channels=3, resize=True):
     Grey images of 16 bits, and floats in [0, 1], are scaled to 8 bits.
 
     Raises:
-        BrokenImage: it does not decode. ValueError: it is colour where channels is 1, its range is not known, or its
+        BrokenImage: it does not decode. UserError: it is colour where channels is 1, its range is not known, or its
             size differs where `resize` is not set.
     """
     with _opened(path) as file:
@@ -180,12 +182,12 @@ def decode(path, size=None, channels=3, resize=True):
         image.load()
     image = _eight_bits(path, image, kind)
     if channels == 1 and not is_grey(image):
-        raise ValueError(f"{path} is a colour image among greyscale ones: keep one kind in a folder")
+        raise UserError(f"{path} is a colour image among greyscale ones: keep one kind in a folder")
     image = image.convert("L" if channels == 1 else "RGB")
     if size and image.size != (size[1], size[0]):
         if not resize:
-            raise ValueError(f"{path} is {image.height}x{image.width} but others are {size[0]}x{size[1]}: pass "
-                             "--image-size to bring all images to one size")
+            raise UserError(f"{path} is {image.height}x{image.width} but others are {size[0]}x{size[1]}: pass "
+                            "--image-size to bring all images to one size")
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return np.array(image).reshape(image.height, image.width, channels)
 
@@ -210,12 +212,12 @@ def _eight_bits(path, image, kind):
     elif image.mode.startswith("I;16") or (image.mode == "I" and kind in SIXTEEN_BITS):
         values, top = np.asarray(image, dtype=np.float64), 2 ** 16 - 1
     elif image.mode == "I":
-        raise ValueError(f"{path} has 32-bit integers, whose range is not known: convert it to 8 or 16 bits")
+        raise UserError(f"{path} has 32-bit integers, whose range is not known: convert it to 8 or 16 bits")
     else:
         return image
     if not (values.min() >= 0 and values.max() <= top):
-        raise ValueError(f"{path} has values from {values.min():.4g} to {values.max():.4g}, whose range is not known: "
-                         f"scale them to 0...{top}, or convert it to 8 bits")
+        raise UserError(f"{path} has values from {values.min():.4g} to {values.max():.4g}, whose range is not known: "
+                        f"scale them to 0...{top}, or convert it to 8 bits")
     return Image.fromarray((values * (255 / top)).round().astype(np.uint8))
 
 

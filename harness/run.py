@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from harness import checkpoint, cli, curves, distributed
+from harness.errors import UserError
 
 # All other flags define a run, but for those a script names.
 MAY_CHANGE_ON_RESUME = {"num_epochs", "minutes", "device", "resume", "overwrite", "log_every", "compile", "lr",
@@ -41,7 +42,7 @@ def holds_run(folder):
 
 
 def check_folder(args, kind, reads=()):
-    """ValueError where a run of `kind` cannot go to the output folder: it is taken, or holds what the run `reads`.
+    """UserError where a run of `kind` cannot go to the output folder: it is taken, or holds what the run `reads`.
 
     Args:
         reads: paths of checkpoints, None among them for none.
@@ -49,20 +50,20 @@ def check_folder(args, kind, reads=()):
     folder = run_folder("models", args)
     for path in filter(None, reads):
         if checkpoint.resolve(path).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{folder} holds {path}, which this run reads: give another --output-folder")
+            raise UserError(f"{folder} holds {path}, which this run reads: give another --output-folder")
     last, best = folder / "last.pt", folder / "best.pt"
     if (folder / "results.json").exists() and not holds_run(folder) and not args.overwrite:
-        raise ValueError(f"{folder} holds the results.json of something else: pass --overwrite to replace it, or "
-                         "another --output-folder")
+        raise UserError(f"{folder} holds the results.json of something else: pass --overwrite to replace it, or "
+                        "another --output-folder")
     if holds_run(folder) and not (args.resume or args.overwrite):
-        raise ValueError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
-                         "another --output-folder")
+        raise UserError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
+                        "another --output-folder")
     held = checkpoint.kind_of(last) or checkpoint.kind_of(best)
     if held not in (None, kind):
-        raise ValueError(f"{folder} holds the run of a {held}, not of a {kind}: give another --output-folder")
+        raise UserError(f"{folder} holds the run of a {held}, not of a {kind}: give another --output-folder")
     if args.resume and best.exists() and not last.exists():
-        raise ValueError(f"{folder} holds a best.pt but no last.pt to go on from: pass --overwrite to replace the run, "
-                         "or give another --output-folder")
+        raise UserError(f"{folder} holds a best.pt but no last.pt to go on from: pass --overwrite to replace the run, "
+                        "or give another --output-folder")
 
 
 class Run:
@@ -78,7 +79,7 @@ class Run:
         reads: paths of checkpoints that the run reads, which its folder must not hold.
         renamed: {old: new} names of flags that older runs knew by another.
     Raises:
-        ValueError: as `check_folder`, another process is at work in the folder, or a flag that defines the run differs
+        UserError: as `check_folder`, another process is at work in the folder, or a flag that defines the run differs
             from the run's.
     """
 
@@ -130,7 +131,7 @@ class Run:
                 if name not in may_change and old != new and not young and not (moved and name == "batch_size"):
                     differ.append(f"--{name.replace('_', '-')} {old} (now {new})")
             if differ:
-                raise ValueError(f"{self.models} was trained with {', '.join(differ)}: --resume needs the same flags")
+                raise UserError(f"{self.models} was trained with {', '.join(differ)}: --resume needs the same flags")
             self.epoch, self.batch, self.step = (counters[name] for name in ("epoch", "batch", "step"))
             self.seconds, self.best = counters["seconds"], resumed["best"]
             if moved:  # batches of another size: go on at the first that is not all done
@@ -247,7 +248,7 @@ class Run:
     def check_finite(self, loss, parts):
         """Note where the loss of this step or a part of it, scalars by name, is not finite.
 
-        The note stays on the device, so that no step waits; it is read, and a ValueError raised that names the step and
+        The note stays on the device, so that no step waits; it is read, and a UserError raised that names the step and
         the parts, before anything is logged or saved.
         """
         names, values = tuple(parts), torch.stack([loss.detach(), *(part.detach() for part in parts.values())])
@@ -262,7 +263,7 @@ class Run:
             if max(loss, *parts) >= 0:
                 first = min(step for step in (loss, *parts) if step >= 0)
                 bad = [name for name, step in zip(names, parts) if step == first]
-                raise ValueError(self._not_finite("the loss", int(first), f": {', '.join(bad) or 'the sum'}"))
+                raise UserError(self._not_finite("the loss", int(first), f": {', '.join(bad) or 'the sum'}"))
 
     def _not_finite(self, what, step, terms=""):
         return (f"{what} is not finite at step {step} (epoch {self.epoch + 1}){terms}; "
@@ -299,7 +300,7 @@ class Run:
         self._raise_if_not_finite()
         for part in self.state.values():  # a finite loss may have a gradient that is not
             if isinstance(part, nn.Module) and not all(bool(weight.isfinite().all()) for weight in part.parameters()):
-                raise ValueError(self._not_finite("a weight", self.step))
+                raise UserError(self._not_finite("a weight", self.step))
         counters = {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds,
                     "world": distributed.world_size()}
         checkpoint.save(self.models / name, self.kind, {
@@ -311,11 +312,11 @@ class Run:
 
     def improved(self, values, monitored, larger_is_better, **instead):
         """Keep the monitored one of validation values {name: number} if it is the best so far, and the state with it,
-        as in `save`, in best.pt. ValueError where any of them is not finite.
+        as in `save`, in best.pt. UserError where any of them is not finite.
         """
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise ValueError(self._not_finite("the validation", self.step, f": {', '.join(bad)}"))
+            raise UserError(self._not_finite("the validation", self.step, f": {', '.join(bad)}"))
         value = values[monitored]
         better = self.best is None or (value > self.best if larger_is_better else value < self.best)
         if better:
@@ -342,15 +343,15 @@ def lock(folder):
     """An open file that keeps other processes out of a run's folder until this one ends, however it ends.
 
     Raises:
-        ValueError: another process holds it.
+        UserError: another process holds it.
     """
     file = open(folder / ".lock", "a+")  # noqa: SIM115 (for as long as the process lives)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise ValueError(f"{folder} is in use by process {file.read().strip() or 'of another machine'}: wait for it, "
-                         "stop it, or give another --output-folder") from None
+        raise UserError(f"{folder} is in use by process {file.read().strip() or 'of another machine'}: wait for it, "
+                        "stop it, or give another --output-folder") from None
     except OSError:
         return file  # a file system without locks
     with suppress(OSError):  # a full disk, which is told where something is lost

@@ -10,6 +10,7 @@ from functions import cross_entropy
 from harness import checkpoint, cli, distributed
 from harness.batches import Batches
 from harness.compiled import compile_forward, graphs_fit
+from harness.errors import UserError
 from harness.run import Run, check_folder, lock, run_folder
 from modules import VectorQuantizedVAE
 
@@ -41,19 +42,19 @@ def name_of_sample(args, *what):
 
 
 def check_vqvae(ckpt, path):
-    """ValueError where a model, of which these are the contents, was trained on the codes of another VQ-VAE."""
+    """UserError where a model, of which these are the contents, was trained on the codes of another VQ-VAE."""
     with checkpoint.complete(ckpt["path"]):
         known, digest = ckpt["vqvae"]["path"], ckpt["vqvae"]["digest"]
     if digest != checkpoint.digest(path):
-        raise ValueError(f"this {ckpt['kind']} was trained on the codes of {known} as it was then, and {path} is "
-                         f"another VQ-VAE: pass that one, or train a {ckpt['kind']} for this one")
+        raise UserError(f"this {ckpt['kind']} was trained on the codes of {known} as it was then, and {path} is "
+                        f"another VQ-VAE: pass that one, or train a {ckpt['kind']} for this one")
 
 
 def check_classes(data, classes, folder):
-    """ValueError where the data set of a folder has other classes than those that the VQ-VAE was trained with."""
+    """UserError where the data set of a folder has other classes than those that the VQ-VAE was trained with."""
     if data.classes != classes:
-        raise ValueError(f"--data-folder {folder} has the classes {data.classes}, but the VQ-VAE was trained with "
-                         f"{classes}")
+        raise UserError(f"--data-folder {folder} has the classes {data.classes}, but the VQ-VAE was trained with "
+                        f"{classes}")
 
 
 class FirstStage:
@@ -63,7 +64,7 @@ class FirstStage:
         args: flags; those of the data set that are left open are set to what the VQ-VAE was trained with.
         in_order: the frames of clips one after another, as `datasets.load` has them.
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, or the flags contradict it.
+        FileNotFoundError, UserError: no such checkpoint, or the flags contradict it.
     """
 
     def __init__(self, args, device, in_order=False):
@@ -94,7 +95,7 @@ class FirstStage:
         """{split: (latents, labels)} from `path`, or encoded and kept there.
 
         Raises:
-            ValueError: the file is damaged, or is to be replaced while another process is at work in its folder.
+            UserError: the file is damaged, or is to be replaced while another process is at work in its folder.
         """
         def key():
             digest, images = checkpoint.digest(self.args.model), datasets.fingerprint(self.args.dataset, self.source)
@@ -102,8 +103,8 @@ class FirstStage:
         if path.exists():
             try:
                 kept = checkpoint.load(path, "latents", {"key": str, "splits": dict.fromkeys(SPLITS, tuple)})
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged: delete it, and the images are encoded anew") from error
+            except UserError as error:
+                raise UserError(f"{path} is damaged: delete it, and the images are encoded anew") from error
             if kept["key"] == key():
                 return kept["splits"]
         splits, images = {}, self.images()
@@ -119,7 +120,7 @@ class FirstStage:
         return splits
 
     def images(self):
-        """The data set. ValueError where it has classes and they are not those of the VQ-VAE."""
+        """The data set. UserError where it has classes and they are not those of the VQ-VAE."""
         args = self.args
         data = datasets.load(args.dataset, self.source, ENCODE_BATCH, self.device, workers=args.num_workers)
         if not self.source.in_order:  # whose classes are clips
@@ -169,14 +170,14 @@ class FirstStage:
 
 
 def _inherit(args, ckpt):
-    """Take from the VQ-VAE's checkpoint what the flags leave open; ValueError where they contradict it."""
+    """Take from the VQ-VAE's checkpoint what the flags leave open; UserError where they contradict it."""
     known = {"dataset": ckpt["data"]["name"], "k": ckpt["model_args"]["K"],
              "hidden_size_vae": ckpt["model_args"]["dim"]}
     for name, value in known.items():
         given = getattr(args, name)
         if given is not None and given != value:
-            raise ValueError(f"--{name.replace('_', '-')} {given} contradicts {args.model}, which has {value}: "
-                             "leave the flag out")
+            raise UserError(f"--{name.replace('_', '-')} {given} contradicts {args.model}, which has {value}: "
+                            "leave the flag out")
         setattr(args, name, value)
     source = Source.of(ckpt, args.data_folder, not args.no_download)
     source.skip_broken |= args.skip_broken

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.errors import UserError
 from modules import GatedPixelCNN, Rebuilt
 from quantizers import QUANTIZERS
 
@@ -24,14 +25,14 @@ class StackedVQVAE(Rebuilt, nn.Module):
         K, D: number of codes of the first stage and their width. shape: (h, w).
         n_codes: for a grid, each of a codebook of `CODES` of its own. dim: width. n_layers: of the PixelCNN.
     Raises:
-        ValueError: more codes than latents.
+        UserError: more codes than latents.
     """
 
     def __init__(self, K, D, shape, n_codes=3, dim=64, n_layers=4):
         super().__init__()
         if n_codes > shape[0] * shape[1]:
-            raise ValueError(f"{n_codes} codes are more than the {shape[0]}x{shape[1]} latents that they are to stand "
-                             "for: pass a smaller --codes")
+            raise UserError(f"{n_codes} codes are more than the {shape[0]}x{shape[1]} latents that they are to stand "
+                            "for: pass a smaller --codes")
         self.shape, self.n_codes = tuple(shape), n_codes
         self.sizes = [self.shape]
         while max(self.sizes[-1]) > SMALLEST:

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from harness.checkpoint import write_with
+from harness.errors import UserError
 
 FRAMES = {"train": 80000, "valid": 2000, "test": 2000}
 SIZE, SKIP = 84, 2  # pixels a side; emulator frames, 60 a second, from one that is kept to the next
@@ -22,7 +23,7 @@ def load(folder):
     An action is an index into `ACTIONS`, 0 for the first frame of an episode. Each split plays episodes of its own.
 
     Raises:
-        ValueError: the cache is damaged, or ale-py is needed and missing.
+        UserError: the cache is damaged, or ale-py is needed and missing.
     """
     cache = Path(folder) / MARK
     kept = _read(cache) if cache.is_file() else None
@@ -44,19 +45,19 @@ def _read(cache):
                 return None
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:
-        raise ValueError(f"{cache} is damaged ({error}): delete it, and it is rendered anew") from error
+        raise UserError(f"{cache} is damaged ({error}): delete it, and it is rendered anew") from error
 
 
 def render(count, seed):
     """Play `count` frames under a random policy; frames and what led to them, as in `load`.
 
     Raises:
-        ValueError: ale-py is missing.
+        UserError: ale-py is missing.
     """
     try:
         from ale_py import ALEInterface, LoggerMode, roms
     except ImportError as error:
-        raise ValueError("the boxing data set needs the package ale-py: pip install ale-py") from error
+        raise UserError("the boxing data set needs the package ale-py: pip install ale-py") from error
     ALEInterface.setLoggerMode(LoggerMode.Error)
     ale, policy, frames, clips = ALEInterface(), np.random.default_rng(seed), [], []
     ale.setInt("random_seed", seed)

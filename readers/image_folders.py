@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from harness.errors import UserError
 from harness.images import BrokenImage, ImageFiles, find_images, identity, probe
 
 ALIASES = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
@@ -31,17 +32,17 @@ def split_folders(root):
     """{split: its folder under root}, whatever the case of its name; empty where there is none.
 
     Raises:
-        ValueError: two folders are one split, or there are others but no train.
+        UserError: two folders are one split, or there are others but no train.
     """
     found = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         for split, names in ALIASES.items():
             if folder.name.lower() in names:
                 if split in found:
-                    raise ValueError(f"{found[split]} and {folder} are both the {split} split: keep one of them")
+                    raise UserError(f"{found[split]} and {folder} are both the {split} split: keep one of them")
                 found[split] = folder
     if found and "train" not in found:
-        raise ValueError(f"{' and '.join(map(str, found.values()))} without a folder train beside: add it or rename")
+        raise UserError(f"{' and '.join(map(str, found.values()))} without a folder train beside: add it or rename")
     return found
 
 
@@ -55,7 +56,7 @@ def image_folder(source):
     folders = folders or {"train": root}
     for (split, folder), paths in zip(folders.items(), find_images(*folders.values())):
         if not paths:
-            raise ValueError(f"no images under {folder}: put image files there, or name another --data-folder")
+            raise UserError(f"no images under {folder}: put image files there, or name another --data-folder")
         # The class is the first folder below the split; with files outside any, there are no classes.
         rows[split] = [(path, path.relative_to(folder).parts[0] if path.parent != folder else None) for path in paths]
     classes = {label for part in rows.values() for _, label in part}
@@ -69,12 +70,12 @@ def _in_order(files, labels):
     """Frames `clip/000001.png` ... clip by clip, with rows (N, 4): label, clip, number, action 0.
 
     Raises:
-        ValueError: a file is not named by a number.
+        UserError: a file is not named by a number.
     """
     wrong = next((path for path in files.paths if not path.stem.isdecimal()), None)
     if wrong:
-        raise ValueError(f"{wrong} has no number for a name, so that the folder has no sequences of frames: name them "
-                         "such as clip/000001.png")
+        raise UserError(f"{wrong} has no number for a name, so that the folder has no sequences of frames: name them "
+                        "such as clip/000001.png")
     order = sorted(range(len(files)), key=lambda i: (files.paths[i].parent, int(files.paths[i].stem)))
     clips = {parent: i for i, parent in enumerate(sorted({path.parent for path in files.paths}))}
     rows = [(int(labels[i]), clips[files.paths[i].parent], int(files.paths[i].stem), 0) for i in order]
@@ -94,12 +95,12 @@ def miniimagenet(source):
         for where, file, label in _listed_files(root / name):
             path, shown = root / "images" / file, file[:SHOWN] + "..." * (len(file) > SHOWN)
             if Path(file).is_absolute() or ".." in Path(file).parts:
-                raise ValueError(f"{where} lists {shown}, which is outside {root / 'images'}: put the file there")
+                raise UserError(f"{where} lists {shown}, which is outside {root / 'images'}: put the file there")
             if not os.path.isfile(path):  # which is False for what can be no name as well
                 raise FileNotFoundError(f"{where} lists {root / 'images' / shown}, which does not exist")
             before = listed.setdefault(identity(path), where)
             if before != where:
-                raise ValueError(f"{where} lists {shown} again, the file of {before}: remove one of them")
+                raise UserError(f"{where} lists {shown} again, the file of {before}: remove one of them")
             rows[split].append((path, label))
     source.image_size = source.image_size or MINIIMAGENET_SIZE
     return open_files(rows, sorted({label for part in rows.values() for _, label in part}), source)
@@ -114,25 +115,25 @@ miniimagenet.is_in = _is_miniimagenet
 
 
 def _listed_files(path):
-    """[("<file> row <number>", filename, label)] of a CSV file. ValueError names the row that is wrong."""
+    """[("<file> row <number>", filename, label)] of a CSV file. UserError names the row that is wrong."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} row {row} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
+        raise UserError(f"{path} row {row} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
     reader, rows = csv.DictReader(io.StringIO(text, newline="")), []
     try:
         if not {"filename", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path} must have the columns filename,label, has {str(reader.fieldnames)[:80]}")
+            raise UserError(f"{path} must have the columns filename,label, has {str(reader.fieldnames)[:80]}")
         for row in reader:
             if not row["filename"] or not row["label"] or None in row:
-                raise ValueError(f"{path} row {reader.line_num} has a cell missing or too many: write filename,label")
+                raise UserError(f"{path} row {reader.line_num} has a cell missing or too many: write filename,label")
             rows.append((f"{path} row {reader.line_num}", row["filename"], row["label"]))
     except csv.Error as error:
-        raise ValueError(f"{path} row {reader.line_num + 1} cannot be read ({error}): write filename,label") from error
+        raise UserError(f"{path} row {reader.line_num + 1} cannot be read ({error}): write filename,label") from error
     if not rows:
-        raise ValueError(f"{path} lists no images")
+        raise UserError(f"{path} lists no images")
     return rows
 
 
@@ -144,7 +145,7 @@ def open_files(rows, classes, source):
     They have the size that the source asks for, else that of the first file; one channel where all are grey.
 
     Raises:
-        ValueError: colour images where the source asks for grey ones.
+        UserError: colour images where the source asks for grey ones.
     """
     facts = [fact for part in rows.values() for fact in _probe(part, source.skip_broken)]
     size = source.image_size or facts[0][0]
@@ -165,7 +166,7 @@ def _probe(rows, skip_broken):
             if not skip_broken:
                 raise
     if not facts:
-        raise ValueError(f"none of {len(paths)} images decodes, the first is {paths[0]}")
+        raise UserError(f"none of {len(paths)} images decodes, the first is {paths[0]}")
     return facts
 
 

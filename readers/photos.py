@@ -1,6 +1,8 @@
 """Crops of photographs that ship with scikit-image."""
 import torch
 
+from harness.errors import UserError
+
 PHOTOS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 PHOTO_STRIPS = {"train": (0., 0.6), "valid": (0.6, 0.8), "test": (0.8, 1.)}  # of the longer side
 SEED = 0
@@ -21,8 +23,8 @@ def photos(source):
             strips.append(photo.narrow(axis, int(start * side), int(stop * side) - int(start * side)))
         strips = [strip for strip in strips if strip.shape[0] >= height and strip.shape[1] >= width]
         if not strips:
-            raise ValueError(f"no photograph has a {split} strip of {height}x{width} pixels: pass a smaller "
-                             "--image-size")
+            raise UserError(f"no photograph has a {split} strip of {height}x{width} pixels: pass a smaller "
+                            "--image-size")
         crops = []
         for i in range(PHOTO_CROPS[split]):
             strip = strips[i % len(strips)]

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import torch
 
+from harness.errors import UserError
+
 
 def torchvision_set(class_name, mark):
     def open_splits(source):
@@ -25,8 +27,8 @@ def _open_torchvision(dataset_class, source, mark, **options):
         return dataset_class(source.folder, download=False, **options)
     except Exception as error:
         if not (isinstance(error, RuntimeError) and "not found" in str(error)):
-            raise ValueError(f"{Path(source.folder) / mark} is damaged ({_one_line(error)}): delete it, and {name} is "
-                             "downloaded anew") from error
+            raise UserError(f"{Path(source.folder) / mark} is damaged ({_one_line(error)}): delete it, and {name} is "
+                            "downloaded anew") from error
         if not source.download:
             raise FileNotFoundError(f"{name} is not in {source.folder}, and --no-download forbids to fetch it"
                                     ) from error

@@ -3,6 +3,7 @@ import torch
 
 import datasets
 from harness import checkpoint, cli, report
+from harness.errors import UserError
 from metrics import as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
 from priors.first_stage import add_drawing_arguments, check_classes, check_vqvae
@@ -26,7 +27,7 @@ def main():
     ckpt, prior_ckpt = checkpoint.load(args.model, "vqvae", datasets.FACTS), checkpoint.load(args.prior, "prior")
     classes = ckpt["data"]["classes"]
     if not classes:
-        raise ValueError(f"{args.model} was trained on a data set without classes: there is nothing to agree on")
+        raise UserError(f"{args.model} was trained on a data set without classes: there is nothing to agree on")
     check_vqvae(prior_ckpt, args.model)
     source = datasets.Source.of(ckpt, args.data_folder)
     data, _ = open_judged(ckpt["data"]["name"], source, {args.model: ckpt}, (), device)

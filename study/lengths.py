@@ -3,6 +3,7 @@ from pathlib import Path
 
 import datasets
 from harness import checkpoint, cli, report, run
+from harness.errors import UserError
 
 PANELS = {"mean of judges ÷ the baseline's": "mean of judges / baseline",
           "PSNR − the baseline's (dB)": "psnr - baseline",
@@ -21,13 +22,13 @@ def main():
         flags, rows = read(folder)
         epochs = flags["num_epochs"]
         if epochs in seen:
-            raise ValueError(f"{folder} and {seen[epochs][0]} are both of {epochs} epochs: give one of each length")
+            raise UserError(f"{folder} and {seen[epochs][0]} are both of {epochs} epochs: give one of each length")
         seen[epochs] = folder, flags
         first, known = next(iter(seen.values()))
         differ = [name for name in flags if name not in MAY_DIFFER and flags[name] != known.get(name)]
         if differ:
-            raise ValueError(f"{folder} was trained with another {differ[0]} than {first}: only lengths and learning "
-                             "rates may differ")
+            raise UserError(f"{folder} was trained with another {differ[0]} than {first}: only lengths and learning "
+                            "rates may differ")
         for row in rows:
             for title, column in PANELS.items():
                 curve = panels[title].setdefault(f"{row['loss']} beside {row['baseline']}", [])
@@ -43,13 +44,13 @@ def read(folder):
         name = "{loss}-seed{seed}".format_map(table["runs"][0])
         rows = [row for row in table["against"] if row["loss"] != row["baseline"]]
     if not rows:
-        raise ValueError(f"{path} compares a baseline with itself alone: leave it out")
+        raise UserError(f"{path} compares a baseline with itself alone: leave it out")
     of_test = folder.name == "test" and not (folder / name).is_dir()  # whose runs lie beside it
     path = (folder.parent if of_test else folder) / name / "args.json"
     flags = checkpoint.load_json(path)
     with checkpoint.complete(path):
         if flags["minutes"]:
-            raise ValueError(f"{folder} was trained for minutes, the plot is over epochs: leave it out")
+            raise UserError(f"{folder} was trained for minutes, the plot is over epochs: leave it out")
     return flags, rows
 
 

@@ -4,6 +4,7 @@ from functools import cache
 
 import experiment
 from harness import cli
+from harness.errors import UserError
 from losses import TERMS, ReconstructionLoss
 from quantizers import QUANTIZERS
 
@@ -45,7 +46,7 @@ def parse_mix(text):
     """"ssim", "mse=1,ssim=0.5,lr=1e-3", "l1=1,vqgan=0.1" or "recommended,chroma=0,k=64" -> {name: value}.
 
     Raises:
-        ValueError: it is none of them, or names something twice.
+        UserError: it is none of them, or names something twice.
     """
     mix = {}
     for part in text.split(","):
@@ -55,32 +56,32 @@ def parse_mix(text):
             continue
         if name not in TERMS and name not in FLAGS:
             named = sorted(set(experiment.RECIPES) - set(TERMS))
-            raise ValueError(f"no loss term {name!r} in {text!r}: the terms are {', '.join(TERMS)}; further names are "
-                             f"{', '.join(FLAGS)} and, first, the recipes {', '.join(named)}")
+            raise UserError(f"no loss term {name!r} in {text!r}: the terms are {', '.join(TERMS)}; further names are "
+                            f"{', '.join(FLAGS)} and, first, the recipes {', '.join(named)}")
         if name in mix:
-            raise ValueError(f"{name} stands twice in {text!r}: give it once")
+            raise UserError(f"{name} stands twice in {text!r}: give it once")
         flag, kind, usual = FLAGS.get(name, (None, cli.positive, 1.))
         if RECIPE in mix and name in (*TERMS, SHARPEN):
             kind = cli.not_negative  # 0 takes it out of the recipe
         try:
             mix[name] = usual if not value and usual else kind(value)
         except argparse.ArgumentTypeError as error:
-            raise ValueError(f"the {'value' if flag else 'weight'} of {name} in {text!r} {error}") from None
+            raise UserError(f"the {'value' if flag else 'weight'} of {name} in {text!r} {error}") from None
     alone = set(OF_VQGAN) & set(mix) if VQGAN not in mix else ()
     if alone:
-        raise ValueError(f"{', '.join(sorted(alone))} in {text!r} is for vqgan.py: add vqgan to the mix")
+        raise UserError(f"{', '.join(sorted(alone))} in {text!r} is for vqgan.py: add vqgan to the mix")
     flags = meaning(command_of(mix, 0, [], []))[1]  # what the loss refuses fails before anything is trained
     try:
         ReconstructionLoss(experiment.weights_of(argparse.Namespace(**flags)), sharpen=flags[SHARPEN])
-    except ValueError as error:
-        raise ValueError(f"the mix {text!r}: {error}") from error
+    except UserError as error:
+        raise UserError(f"the mix {text!r}: {error}") from error
     return mix
 
 
 def parse_rate(text):
-    """"k=64" or "k=512,downsample=8" -> {name: value}. ValueError where it names anything but flags of the model."""
+    """"k=64" or "k=512,downsample=8" -> {name: value}. UserError where it names anything but flags of the model."""
     if not {part.partition("=")[0] for part in text.split(",")} <= {"k", "downsample", "hidden-size", "quantizer"}:
-        raise ValueError(f"--rates takes k and downsample, hidden-size and quantizer, got {text!r}")
+        raise UserError(f"--rates takes k and downsample, hidden-size and quantizer, got {text!r}")
     return parse_mix(text)
 
 

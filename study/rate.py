@@ -2,6 +2,8 @@
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from harness.errors import UserError
+
 
 def delta_rate(rates, qualities, reference_rates, reference_qualities):
     """Bjøntegaard delta rate in per cent: bits that a curve needs beyond a reference at equal quality; -20 saves 20%.
@@ -13,12 +15,12 @@ def delta_rate(rates, qualities, reference_rates, reference_qualities):
         rates, reference_rates: positive, two or more each, in one unit, in any order. qualities, reference_qualities:
             of each; larger is better, and rises with the rate.
     Raises:
-        ValueError: fewer than two rates, a quality that does not rise with the rate, or no quality that both reach.
+        UserError: fewer than two rates, a quality that does not rise with the rate, or no quality that both reach.
     """
     curves = [_curve(*curve) for curve in ((rates, qualities), (reference_rates, reference_qualities))]
     low, high = max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves)
     if low >= high:
-        raise ValueError("the curves do not overlap: no quality is reached by both")
+        raise UserError("the curves do not overlap: no quality is reached by both")
     ours, reference = (curve.integrate(low, high) / (high - low) for curve in curves)
     return 100 * float(np.expm1(ours - reference))
 
@@ -29,7 +31,7 @@ def _curve(rates, qualities):
     order = np.argsort(rates)
     rates, qualities = rates[order], qualities[order]
     if len(rates) < 2 or not (rates > 0).all():
-        raise ValueError("a curve needs two or more positive rates")
+        raise UserError("a curve needs two or more positive rates")
     if not (np.diff(qualities) > 0).all():
-        raise ValueError("the quality does not rise with the rate")
+        raise UserError("the quality does not rise with the rate")
     return PchipInterpolator(qualities, np.log(rates))

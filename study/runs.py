@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from harness import checkpoint
+from harness.errors import UserError
 from study import mixes
 
 HERE = Path(__file__).parent.parent
@@ -29,19 +30,19 @@ class Sweep:
         losses, baselines: mixes as `mixes.parse_mix` gives them. rates: texts for `mixes.parse_rate`; "" is none.
         seeds: how many.
     Raises:
-        ValueError: a mix names what a rate does, there is one rate alone, or one twice.
+        UserError: a mix names what a rate does, there is one rate alone, or one twice.
     """
 
     def __init__(self, losses, baselines, rates, seeds):
         self.seeds, self.rates = range(seeds), rates
         at = {rate: mixes.parse_rate(rate) if rate else {} for rate in rates}
         if rates != [""] and len(set(map(str, at.values()))) < max(2, len(rates)):
-            raise ValueError("--rates makes a curve of two or more different rates: add one, or leave it out")
+            raise UserError("--rates makes a curve of two or more different rates: add one, or leave it out")
         named = {mixes.mix_name(mix): mix for mix in [*baselines, *losses]}
         for name, mix in named.items():
             twice = set(mix) & set().union(*at.values())
             if twice:
-                raise ValueError(f"{', '.join(sorted(twice))} stands in the mix {name} and in --rates: give it in one")
+                raise UserError(f"{', '.join(sorted(twice))} stands in the mix {name} and in --rates: give it in one")
         self.series = {name: {rate: mixes.mix_name(mix | extra) for rate, extra in at.items()}
                        for name, mix in named.items()}
         self.mixes = {self.series[name][rate]: mix | at[rate] for name, mix in named.items() for rate in rates}
@@ -128,22 +129,22 @@ def _trained_by(command):
 
 
 def check(run, command):
-    """ValueError where the folder holds a run of other flags that has been trained for a step or more.
+    """UserError where the folder holds a run of other flags that has been trained for a step or more.
 
     A command with a wrong flag ends the script.
     """
     mixes.meaning(command)
     if is_other(run, command) and checkpoint.load(_kept(run), "vqvae")["counters"]["step"]:
-        raise ValueError(f"{run} was trained with other flags: give another --output")
+        raise UserError(f"{run} was trained with other flags: give another --output")
     if (run / "best.pt").exists() and not (run / "last.pt").exists() and not (run / "results.json").exists():
-        raise ValueError(f"{run} was not done and has lost its last.pt: remove it, and it is trained anew")
+        raise UserError(f"{run} was not done and has lost its last.pt: remove it, and it is trained anew")
 
 
 def train(run, command, threads):
     """An ordinary run in its own folder, what it prints in output.txt: done once, resumed if it was cut off.
 
     Raises:
-        ValueError: training failed.
+        UserError: training failed.
     """
     if (run / "results.json").exists():
         return
@@ -161,7 +162,7 @@ def train(run, command, threads):
         errors = process.communicate()[1].strip().splitlines() or ["training failed"]
         _training.discard(process)
     if process.returncode:
-        raise ValueError(f"{run}: {next((line for line in errors if ': error: ' in line), errors[-1])}")
+        raise UserError(f"{run}: {next((line for line in errors if ': error: ' in line), errors[-1])}")
 
 
 def end_with(parent):

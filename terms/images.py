@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from harness.errors import UserError
+
 EPS = 1e-8
 LUMA = (0.299, 0.587, 0.114)
 CHROMA = ((0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # I and Q of YIQ
@@ -35,9 +37,9 @@ def luma_of(x):
 
 
 def chroma_of(x):
-    """(B, 2, H, W) chroma channels I and Q of colour images. ValueError where they have no colour."""
+    """(B, 2, H, W) chroma channels I and Q of colour images. UserError where they have no colour."""
     if x.shape[1] != 3:
-        raise ValueError(f"chroma terms need 3 channels, not {x.shape[1]}: --chroma-weight 0 --coarse-chroma-weight 0")
+        raise UserError(f"chroma terms need 3 channels, not {x.shape[1]}: --chroma-weight 0 --coarse-chroma-weight 0")
     red, green, blue = x.split(1, 1)
     red, blue = red - green, blue - green  # the three weights of a channel sum to 0
     return torch.cat([weights[0] * red + weights[2] * blue for weights in CHROMA], 1)

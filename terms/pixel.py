@@ -4,6 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from harness.errors import UserError
 from terms.images import Row, chroma_of, unit
 
 
@@ -31,7 +32,7 @@ def chroma(x_tilde, x):
     """Mean absolute error of the chroma channels I and Q of YIQ: in [0, 1.2]. Keeps saturated colours from fading.
 
     Raises:
-        ValueError: the images have no colour.
+        UserError: the images have no colour.
     """
     return chroma_of(unit(x_tilde) - unit(x)).abs().mean()
 
@@ -45,10 +46,10 @@ def coarse_chroma(x_tilde, x):
     Of colours that are seldom there it asks for the mean, where an absolute error asks for the median: grey.
 
     Raises:
-        ValueError: the images have no colour, or a side is smaller than 4 pixels.
+        UserError: the images have no colour, or a side is smaller than 4 pixels.
     """
     if min(x.shape[2:]) < COARSE:
-        raise ValueError(f"coarse-chroma needs sides of at least {COARSE} pixels, got {x.shape[2]}x{x.shape[3]}")
+        raise UserError(f"coarse-chroma needs sides of at least {COARSE} pixels, got {x.shape[2]}x{x.shape[3]}")
     return F.avg_pool2d(chroma_of(unit(x_tilde) - unit(x)), COARSE).square().mean()
 
 

@@ -4,6 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from harness.errors import UserError
 from kernels.ssim import ROOT_EPS, mean_ssim, ssim_maps
 from terms.images import EPS, Row, chroma_of, halved, luma_of, unit
 
@@ -14,10 +15,10 @@ def ssim(x_tilde, x):
     """1 - SSIM: in [0, 2]; 11-pixel Gaussian window of sigma 1.5, no padding, channels averaged (Wang et al. 2004).
 
     Raises:
-        ValueError: a side is smaller than the window.
+        UserError: a side is smaller than the window.
     """
     if min(x.shape[2:]) < SSIM_WINDOW:
-        raise ValueError(f"ssim needs sides of at least {SSIM_WINDOW} pixels, got {x.shape[2]}x{x.shape[3]}")
+        raise UserError(f"ssim needs sides of at least {SSIM_WINDOW} pixels, got {x.shape[2]}x{x.shape[3]}")
     return 1 - mean_ssim(unit(x_tilde), unit(x), SSIM_WINDOW, SSIM_SIGMA)
 
 
@@ -25,10 +26,10 @@ def root_ssim_window(height, width):
     """(pixels, sigma) of a window in proportion to the image: (3, 0.75) below 96, (5, 1) at 128, (11, 1.75) at 256.
 
     Raises:
-        ValueError: a side is smaller than the window.
+        UserError: a side is smaller than the window.
     """
     if min(height, width) < 3:
-        raise ValueError(f"root-ssim needs sides of at least 3 pixels, got {height}x{width}")
+        raise UserError(f"root-ssim needs sides of at least 3 pixels, got {height}x{width}")
     radius = max(1, min(height, width) // 48)
     return 2 * radius + 1, 0.5 + radius / 4
 
@@ -49,12 +50,12 @@ def ms_ssim_weights(height, width):
     """Exponents of the scales that fit: the published five from 161 pixels on, else fewer, of the same sum.
 
     Raises:
-        ValueError: fewer than two scales fit (a side of 20 pixels or less).
+        UserError: fewer than two scales fit (a side of 20 pixels or less).
     """
     scales = sum(min(height, width) > (SSIM_WINDOW - 1) * 2 ** i for i in range(len(MS_SSIM_WEIGHTS)))
     if scales < 2:
-        raise ValueError(f"ms-ssim needs sides of more than {2 * (SSIM_WINDOW - 1)} pixels for two scales, got "
-                         f"{height}x{width}: use ssim, or larger images (--image-size)")
+        raise UserError(f"ms-ssim needs sides of more than {2 * (SSIM_WINDOW - 1)} pixels for two scales, got "
+                        f"{height}x{width}: use ssim, or larger images (--image-size)")
     share = sum(MS_SSIM_WEIGHTS[:scales]) / sum(MS_SSIM_WEIGHTS)
     return tuple(weight / share for weight in MS_SSIM_WEIGHTS[:scales])
 

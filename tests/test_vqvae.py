@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import datasets
-from harness import checkpoint
+from harness import checkpoint, cli
 from losses import TERMS
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
@@ -38,6 +38,29 @@ def equal(one, two):
     if isinstance(one, list):
         return len(one) == len(two) and all(map(equal, one, two))
     return torch.equal(one, two) if torch.is_tensor(one) else one == two
+
+
+def test_a_bug_in_a_loss_term_keeps_its_traceback(folder, monkeypatch):
+    def term_with_a_bug(x_tilde, x):
+        return x_tilde.view(3, -1).mean()[int("one")]
+    monkeypatch.setitem(TERMS, "mse", term_with_a_bug)
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        run(folder)
+    assert error.traceback[-1].name == "term_with_a_bug"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, TypeError, AssertionError, RuntimeError])
+def test_only_what_a_user_can_mend_loses_its_traceback(error, capsys):
+    def main():
+        raise error("a bug")
+    with pytest.raises(error):
+        cli.run(main)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_negative_weight_is_one_line(folder):
+    code, _, err = run(folder, "--ssim-weight", "-1")
+    assert code == 2 and len(err.splitlines()) == 1 and "--ssim-weight" in err
 
 
 def test_a_run_leaves_its_table_picture_curves_and_checkpoints(folder):

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from harness import checkpoint, cli, distributed
 from harness.curves import Curves
+from harness.errors import UserError
 from harness.run import Run, lock
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size", "8",
@@ -479,7 +480,7 @@ def test_help_explains_every_flag_and_shows_its_default(tmp_path, script, monkey
 
 def test_errors_of_many_lines_are_shown_whole(capsys):
     def main():
-        raise ValueError("first\n  second: not to lose")
+        raise UserError("first\n  second: not to lose")
     with pytest.raises(SystemExit):
         cli.run(main)
     assert capsys.readouterr().err.endswith("error: first second: not to lose\n")
