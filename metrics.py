@@ -134,7 +134,8 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         extra: {name: function} beside `IMAGE_METRICS`, of reconstructions and originals (B, C, H, W) in [0, 1] -> (B,).
     Returns:
         values: {name: (N,) float64}, an entry an image: `IMAGE_METRICS`, color_bias_0... by channel, quantization
-        (mean squared distance of z_e to its code), `extra`, `loss` where a criterion is given.
+        (mean squared distance of z_e to its code), `extra`, `loss` where a criterion is given,
+        "paired_distance/<judge>" of judges that have one.
         figures: their means; color_bias, the largest of a channel by size; `codebook_usage`; bits_per_pixel, what an
         ideal entropy coder makes of the latents, each by itself; what each judge says under "<figure>/<judge>", and
         the first under "<figure>" too.
@@ -160,9 +161,10 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         values["quantization"] = (z_e.float() - z_q).square().mean((1, 2, 3))
         if criterion:
             values["loss"] = criterion(x_tilde, x)[0].expand(len(x))
-        columns.append({name: value.cpu().double() for name, value in values.items()})
         for judge, seen in zip(judges, features):
             seen.append(judge.network(a))
+            values |= judge.paired(a, b)
+        columns.append({name: value.cpu().double() for name, value in values.items()})
     model.train(was_training)
 
     values = {name: distributed.concatenate(torch.cat([column[name] for column in columns])) for name in columns[0]}
