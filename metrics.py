@@ -149,11 +149,10 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
     columns, counts, features = [], 0, [[] for _ in judges]
     for x, _ in loader:
         with autocast():
-            x_tilde, z_e, z_q = model(x)
+            x_tilde, z_e, z_q, latents = model.reconstruct(x)
             if not all(bool(output.isfinite().all()) for output in (z_e, x_tilde)):
                 raise UserError("outputs of the model are not finite, its training diverged: go on from its last.pt "
                                 "with --resume and a lower --lr or --precision fp32, or train again")
-            latents = model.codebook(z_e)
         counts = counts + torch.bincount(latents.flatten(), minlength=model.K)
         a, b = as_8bit(x_tilde), as_8bit(x)
         values = {name: metric(a, b) for name, metric in measured.items()}
