@@ -16,8 +16,9 @@ from harness.batches import Batches
 from harness.errors import UserError
 from harness.images import ImageFiles, find_files
 from readers import boxing, image_folders
-from readers.image_folders import SPLITS, existing
+from readers.image_folders import existing
 from readers.photos import photos
+from readers.splits import SPLITS, split_folders
 from readers.torchvision_sets import torchvision_set
 
 IN_MEMORY_BYTES = 2 ** 32  # a data set that needs more, as uint8, streams from disk
@@ -97,7 +98,7 @@ def detect(folder):
     """
     root = existing(folder)
     held = [name for name, open_splits in DATASETS.items() if hasattr(open_splits, "is_in") and open_splits.is_in(root)]
-    if not held or image_folders.split_folders(root):
+    if not held or split_folders(root):
         held.append("folder")
     if len(held) > 1:
         raise UserError(f"--data-folder {folder} holds {' and '.join(held)}: say which with --dataset")

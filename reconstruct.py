@@ -9,8 +9,9 @@ from torch import nn
 
 import metrics
 from harness import checkpoint, cli, report
+from harness.decoding import BrokenImage, decode
 from harness.errors import UserError
-from harness.images import BrokenImage, decode, find_images
+from harness.images import find_images
 from modules import VectorQuantizedVAE
 from terms.images import LUMA
 

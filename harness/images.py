@@ -1,63 +1,105 @@
-"""Image files: finding and decoding them."""
+"""Image files: finding them, and reading many of them."""
 import os
 import signal
 import threading
-import warnings
-from collections import deque
-from contextlib import contextmanager
+from collections import Counter, deque
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
+from harness.decoding import HEIC_NEEDS, UNREAD, BrokenImage, OtherImage, decode, is_image, probe
 from harness.errors import UserError
 
 MANY_FILES = 1024  # from here on, decoding is worth several processes
-SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")  # formats whose mode I is 16 bits a pixel
-ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-
-
-class BrokenImage(UserError):
-    """An image file that does not decode."""
+RUN_FOLDERS = ("models", "logs")  # in the working directory: where runs keep what they make
+THUMBNAILS = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}  # folders that a NAS or a system fills
+NAMED = 5  # endings and folders that a message names
 
 
 # --- finding
 
 def find_files(*folders):
-    """Sorted paths of the files under each folder, hidden ones left out.
+    """Sorted paths of the regular files under each folder, without what is hidden, a run's or a thumbnail.
 
     Links are followed, but no directory is read twice, and none that holds one of the folders: a link to it would bring
-    in what lies beside them. Where a directory can be reached in two ways, the one without a link counts. What is no
-    regular file (a link that leads nowhere, a pipe, a device) is left out, and said where its name is an image's.
+    in what lies next to them. Where a directory can be reached in two ways, the one without a link counts.
+    """
+    found = [[] for _ in folders]
+    for number, kind, path in _walk(folders):
+        if kind == "file":
+            found[number].append(Path(path))
+    return [sorted(paths) for paths in found]
+
+
+def find_images(*folders):
+    """Those files of `find_files` whose names end like an image's; says in one line what else there is."""
+    found, others, odd, passed = [[] for _ in folders], [], [], []
+    for number, kind, path in _walk(folders):
+        if kind == "folder":
+            passed.append(path)
+        elif kind == "file":
+            found[number].append(Path(path)) if is_image(path) else others.append(path)
+        elif is_image(path):
+            odd.append(path)
+    parts = []
+    if others:
+        endings = Counter(os.path.splitext(path)[1].lower()[:10] or "without an ending" for path in others)
+        needs = f": {HEIC_NEEDS}" * (not UNREAD.isdisjoint(endings))
+        parts.append(f"{len(others)} files that are no images by their names ({_some(endings)}), such as {min(others)}"
+                     + needs)
+    if odd:
+        parts.append(f"{len(odd)} that are no regular files, such as {min(odd)}")
+    if passed:
+        parts.append(f"the folders of runs or thumbnails {', '.join(sorted(passed)[:NAMED])}"
+                     + f" and {len(passed) - NAMED} more" * (len(passed) > NAMED))
+    if parts:
+        print(f"left out {'; '.join(parts)}")
+    return [sorted(paths) for paths in found]
+
+
+def holds_image(folder, deep=True):
+    """Whether there is an image file in a folder, or `deep` in the folders in it."""
+    return any(kind == "file" and is_image(path) for _, kind, path in _walk([folder], deep))
+
+
+def _some(counts):
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common(NAMED)) + ", ..." * (len(counts) > NAMED)
+
+
+def _walk(folders, deep=True):
+    """(number of the folder, kind, path) of what is in each folder, where kind is a "file", "odd" or a "folder".
+
+    What is "odd" is no regular file: a link that leads nowhere, a pipe, a device. A "folder" is passed over.
     """
     seen = {identity(parent) for folder in map(Path, folders)
             for path in (folder.resolve(), Path(os.path.abspath(folder))) for parent in path.parents}
-    found, odd = [[] for _ in folders], []
-    real, linked = deque(enumerate(map(str, folders))), deque()
+    asked, real, linked = set(map(str, folders)), deque(enumerate(map(str, folders))), deque()
     while real or linked:
         number, folder = (real or linked).popleft()
         if identity(folder) in seen:
             continue
         seen.add(identity(folder))
+        if folder not in asked and is_passed_over(folder):
+            yield number, "folder", folder
+            continue
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            if os.path.isdir(entry.path):
-                (linked if entry.is_symlink() else real).append((number, entry.path))
-            elif os.path.isfile(entry.path):
-                found[number].append(Path(entry.path))
-            elif _is_image(entry.name):
-                odd.append(entry.path)
-    if odd:
-        print(f"left out {len(odd)} that are no regular files, such as {min(odd)}")
-    return [sorted(paths) for paths in found]
+            link = entry.is_symlink()  # of which an entry's own is_dir raises errors
+            if os.path.isdir(entry.path) if link else entry.is_dir():
+                if deep:
+                    (linked if link else real).append((number, entry.path))
+            else:
+                regular = os.path.isfile(entry.path) if link else entry.is_file()
+                yield number, "file" if regular else "odd", entry.path
 
 
-def find_images(*folders):
-    """Sorted paths of the image files under each folder, judged by their endings; links as in `find_files`."""
-    return [[path for path in paths if _is_image(path.name)] for paths in find_files(*folders)]
+def is_passed_over(folder):
+    """Whether a folder holds what runs of this working directory keep, or thumbnails."""
+    return os.path.basename(folder) in THUMBNAILS or any(
+        os.path.isdir(name) and os.path.samefile(name, folder) for name in RUN_FOLDERS)
 
 
 def identity(path):
@@ -66,11 +108,27 @@ def identity(path):
     return status.st_dev, status.st_ino
 
 
-def _is_image(name):
-    return Path(name).suffix.lower() in Image.registered_extensions()
+# --- reading
+
+def probe_all(paths):
+    """`Header` of each image file in turn, or the BrokenImage or OtherImage that it is."""
+    for part in _loaded(_Headers(paths), _workers(paths), collate_fn=list, batch_size=MANY_FILES // 8):
+        yield from part
 
 
-# --- decoding
+class _Headers(torch.utils.data.Dataset):
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            return probe(self.paths[index])
+        except (BrokenImage, OtherImage) as error:
+            return error
+
 
 class ImageFiles(torch.utils.data.Dataset):
     """Image files decoded one by one to (H, W, C) uint8; a broken one raises, or is None where it may be skipped.
@@ -106,11 +164,8 @@ class ImageFiles(torch.utils.data.Dataset):
 
         An error comes without the traceback of its process.
         """
-        # A generator of its own: the loader seeds its workers from it, and training's must not notice.
-        loader = torch.utils.data.DataLoader(self, num_workers=workers, collate_fn=stack, generator=torch.Generator(),
-                                             worker_init_fn=partial(_end_with, os.getpid()), **how)
         try:
-            yield from loader
+            yield from _loaded(self, workers, collate_fn=stack, **how)
         except (UserError, OSError) as error:
             if not workers:
                 raise
@@ -122,9 +177,8 @@ class ImageFiles(torch.utils.data.Dataset):
         Raises:
             UserError: none of them decodes, or one does not that may not be skipped.
         """
-        workers, batch_size = torch.get_num_threads() if len(self) >= MANY_FILES else 0, MANY_FILES // 8
-        parts, kept = [], []
-        for number, (part, found) in enumerate(self.batches(workers, batch_size=batch_size)):
+        batch_size, parts, kept = MANY_FILES // 8, [], []
+        for number, (part, found) in enumerate(self.batches(_workers(self), batch_size=batch_size)):
             parts += [] if part is None else [part.clone()]  # out of shared memory, which is a file each
             kept += (found + number * batch_size).tolist()
         if not kept:
@@ -137,6 +191,17 @@ def stack(images):
     """(images that are not None as one tensor, None where there are none, and their numbers)."""
     kept = torch.tensor([i for i, image in enumerate(images) if image is not None], dtype=torch.int64)
     return torch.from_numpy(np.stack([images[i] for i in kept])) if len(kept) else None, kept
+
+
+def _workers(files):
+    return torch.get_num_threads() if len(files) >= MANY_FILES else 0
+
+
+def _loaded(dataset, workers, **how):
+    """A DataLoader with so many processes, which end when this one does."""
+    # A generator of its own: the loader seeds its workers from it, and training's must not notice.
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, generator=torch.Generator(),
+                                       worker_init_fn=partial(_end_with, os.getpid()), **how)
 
 
 def _end_with(parent, _):
@@ -157,69 +222,3 @@ def _end_when_told(parent):
     while os.getppid() == parent and not (told and told.si_pid == parent):  # the loader looks for the former too late
         told = signal.sigtimedwait({signal.SIGTERM}, 1)
     os._exit(0)
-
-
-def probe(path):
-    """(H, W) of an image file and whether it is grey, from its header alone. BrokenImage where it has none."""
-    with _opened(path) as image:
-        height, width = image.height, image.width
-        rotated = image.getexif().get(0x0112) in ROTATED
-        return (width, height) if rotated else (height, width), is_grey(image)
-
-
-def decode(path, size=None, channels=3, resize=True):
-    """Read an image file as an array (H, W, C) uint8, resized to cover and center-cropped to size (H, W) if given.
-
-    Grey images of 16 bits, and floats in [0, 1], are scaled to 8 bits.
-
-    Raises:
-        BrokenImage: it does not decode. UserError: it is colour where channels is 1, its range is not known, or its
-            size differs where `resize` is not set.
-    """
-    with _opened(path) as file:
-        kind = file.format
-        image = ImageOps.exif_transpose(file)
-        image.load()
-    image = _eight_bits(path, image, kind)
-    if channels == 1 and not is_grey(image):
-        raise UserError(f"{path} is a colour image among greyscale ones: keep one kind in a folder")
-    image = image.convert("L" if channels == 1 else "RGB")
-    if size and image.size != (size[1], size[0]):
-        if not resize:
-            raise UserError(f"{path} is {image.height}x{image.width} but others are {size[0]}x{size[1]}: pass "
-                            "--image-size to bring all images to one size")
-        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-    return np.array(image).reshape(image.height, image.width, channels)
-
-
-@contextmanager
-def _opened(path):
-    """An open image file; whatever goes wrong with it is a BrokenImage, since decoders raise errors of every kind."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images and odd metadata: they decode or they do not
-            with Image.open(path) as file:
-                yield file
-    except Exception as error:
-        raise BrokenImage(f"{path} does not decode as an image ({error}): repair or remove it, or pass --skip-broken"
-                          ) from error
-
-
-def _eight_bits(path, image, kind):
-    """What Pillow would clip, scaled: 16 bits a pixel, and floats in [0, 1]."""
-    if image.mode == "F":
-        values, top = np.asarray(image, dtype=np.float64), 1
-    elif image.mode.startswith("I;16") or (image.mode == "I" and kind in SIXTEEN_BITS):
-        values, top = np.asarray(image, dtype=np.float64), 2 ** 16 - 1
-    elif image.mode == "I":
-        raise UserError(f"{path} has 32-bit integers, whose range is not known: convert it to 8 or 16 bits")
-    else:
-        return image
-    if not (values.min() >= 0 and values.max() <= top):
-        raise UserError(f"{path} has values from {values.min():.4g} to {values.max():.4g}, whose range is not known: "
-                        f"scale them to 0...{top}, or convert it to 8 bits")
-    return Image.fromarray((values * (255 / top)).round().astype(np.uint8))
-
-
-def is_grey(image):
-    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")

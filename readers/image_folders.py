@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 
 from harness.errors import UserError
-from harness.images import BrokenImage, ImageFiles, find_images, identity, probe
+from harness.images import ImageFiles, find_images, identity
+from readers.splits import find_splits, refuse_splits_within, with_classes
+from readers.survey import Survey
 
-ALIASES = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
-SPLITS = tuple(ALIASES)
 CSV_FILES = {"train": "train.csv", "valid": "val.csv", "test": "test.csv"}
 MINIIMAGENET_SIZE = (128, 128)
 SHOWN = 80  # characters of a listed name that a message repeats
-PROBED = 100  # files of a split whose header tells size and channels of all
 
 
 def existing(folder):
@@ -28,39 +27,17 @@ def existing(folder):
 
 # --- a folder of images, with or without splits and classes
 
-def split_folders(root):
-    """{split: its folder under root}, whatever the case of its name; empty where there is none.
-
-    Raises:
-        UserError: two folders are one split, or there are others but no train.
-    """
-    found = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        for split, names in ALIASES.items():
-            if folder.name.lower() in names:
-                if split in found:
-                    raise UserError(f"{found[split]} and {folder} are both the {split} split: keep one of them")
-                found[split] = folder
-    if found and "train" not in found:
-        raise UserError(f"{' and '.join(map(str, found.values()))} without a folder train beside: add it or rename")
-    return found
-
-
 def image_folder(source):
-    root, rows = existing(source.folder), {}
-    folders = split_folders(root)
-    beside = [path for path in root.iterdir()
-              if path.is_dir() and path not in folders.values() and not path.name.startswith(".")]
-    if folders and beside:
-        print(f"left out what lies beside the folders of splits, such as {min(beside)}")
-    folders = folders or {"train": root}
-    for (split, folder), paths in zip(folders.items(), find_images(*folders.values())):
+    folders, others = find_splits(existing(source.folder))
+    if others:
+        print(f"left out what lies next to the folders of splits, such as {min(others)}")
+    splits = dict(zip(folders, zip(folders.values(), find_images(*folders.values()))))
+    for folder, paths in splits.values():
         if not paths:
             raise UserError(f"no images under {folder}: put image files there, or name another --data-folder")
-        # The class is the first folder below the split; with files outside any, there are no classes.
-        rows[split] = [(path, path.relative_to(folder).parts[0] if path.parent != folder else None) for path in paths]
-    classes = {label for part in rows.values() for _, label in part}
-    splits, classes = open_files(rows, [] if None in classes else sorted(classes), source)
+    refuse_splits_within(splits)
+    rows, classes = with_classes(splits)
+    splits, classes = open_files(rows, classes, source)
     if source.in_order:
         splits = {split: _in_order(files, labels) for split, (files, labels) in splits.items()}
     return splits, classes
@@ -124,12 +101,13 @@ def _listed_files(path):
         raise UserError(f"{path} row {row} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
     reader, rows = csv.DictReader(io.StringIO(text, newline="")), []
     try:
-        if not {"filename", "label"} <= set(reader.fieldnames or ()):
-            raise UserError(f"{path} must have the columns filename,label, has {str(reader.fieldnames)[:80]}")
+        names = reader.fieldnames or ()
+        if names.count("filename") != 1 or names.count("label") != 1:
+            raise UserError(f"{path} must have the columns filename,label once, has {str(reader.fieldnames)[:80]}")
         for row in reader:
-            if not row["filename"] or not row["label"] or None in row:
+            if not row["filename"] or not (row["label"] or "").strip() or None in row:
                 raise UserError(f"{path} row {reader.line_num} has a cell missing or too many: write filename,label")
-            rows.append((f"{path} row {reader.line_num}", row["filename"], row["label"]))
+            rows.append((f"{path} row {reader.line_num}", row["filename"], row["label"].strip()))
     except csv.Error as error:
         raise UserError(f"{path} row {reader.line_num + 1} cannot be read ({error}): write filename,label") from error
     if not rows:
@@ -142,32 +120,15 @@ def _listed_files(path):
 def open_files(rows, classes, source):
     """{split: [(path, class)]} -> {split: (`ImageFiles`, labels)} and the classes.
 
-    They have the size that the source asks for, else that of the first file; one channel where all are grey.
-
-    Raises:
-        UserError: colour images where the source asks for grey ones.
+    They have the size and the channels that the source asks for, else those of the files: see `Survey`.
     """
-    facts = [fact for part in rows.values() for fact in _probe(part, source.skip_broken)]
-    size = source.image_size or facts[0][0]
-    channels = source.channels or (1 if all(grey for _, grey in facts) else 3)
+    paths = {split: [path for path, _ in part] for split, part in rows.items()}
+    survey = Survey(paths, source.skip_broken)
+    size, channels = survey.size(source.image_size), survey.channels(source.channels)
+    survey.say()
     index = {name: i for i, name in enumerate(classes)}
-    return {split: (ImageFiles([path for path, _ in part], tuple(size), channels, source.skip_broken,
-                               resize=bool(source.image_size)),
+    return {split: (ImageFiles(paths[split], size, channels, source.skip_broken, resize=bool(source.image_size)),
                     torch.tensor([index.get(label, 0) for _, label in part])) for split, part in rows.items()}, classes
-
-
-def _probe(rows, skip_broken):
-    """[((H, W), grey)] of files spread over a split."""
-    facts, paths = [], [path for path, _ in rows[::max(1, len(rows) // PROBED)]]
-    for path in paths:
-        try:
-            facts.append(probe(path))
-        except BrokenImage:
-            if not skip_broken:
-                raise
-    if not facts:
-        raise UserError(f"none of {len(paths)} images decodes, the first is {paths[0]}")
-    return facts
 
 
 def digest(parts, folder):

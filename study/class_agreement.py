@@ -7,8 +7,7 @@ from harness.errors import UserError
 from metrics import as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
 from priors.first_stage import add_drawing_arguments, check_classes, check_vqvae
-from study.distances import frechet_distance
-from study.judges import Judge, open_judged, open_network
+from study.judges import Judge, frechet_and_kernel_distance, open_judged, open_network
 
 
 def main():
@@ -46,7 +45,8 @@ def main():
     rows = [["real test images", judge.agreement(judge.real, judge.labels), ""]]
     for name, features, of in (("their reconstructions", rebuilt, judge.labels),
                                (f"samples, {args.samples} a class", samples, labels)):
-        rows.append([name, judge.agreement(features, of), frechet_distance(features, judge.real)])
+        distance = frechet_and_kernel_distance(features, judge.real)["frechet_distance"]
+        rows.append([name, judge.agreement(features, of), distance])
     rows += [[f"  {name}", judge.agreement(*part), ""]
              for name, *part in zip(classes, samples.split(args.samples), labels.split(args.samples))]
     print(report.markdown_table(["judged by the classifier", "agreement", "Fréchet distance"], rows))

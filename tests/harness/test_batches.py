@@ -1,18 +1,16 @@
-"""Order, flips, shares, streaming and decoding."""
+"""Order, flips, shares and streaming."""
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import HERE
-from PIL import Image
 from test_datasets import open_folder, pictures
 
 import datasets
 from datasets import Source, load
 from harness.batches import Batches
-from harness.images import ImageFiles, decode, probe
+from harness.images import ImageFiles
 
 
 def test_epochs_differ_repeat_exactly_and_start_anywhere(tmp_path):
@@ -92,33 +90,6 @@ def test_no_two_pairs_of_seed_and_epoch_share_an_order():
     orders = {tuple(next(Batches(images, labels, 50, shuffle=True, seed=seed).epoch(epoch))[1].tolist())
               for seed in (*range(8), 2 ** 61 - 1, 2 ** 61) for epoch in range(8)}
     assert len(orders) == 80
-
-
-def test_every_kind_of_file_decodes_to_eight_bits(tmp_path):
-    values = np.tile(np.arange(8, dtype=np.uint16) * 8192, (8, 1))
-    Image.fromarray(values).save(tmp_path / "16bit.png")
-    grey = decode(tmp_path / "16bit.png", channels=1)
-    assert grey.shape == (8, 8, 1) and abs(grey[0, :, 0].astype(int) - np.arange(8) * 32).max() <= 1
-    for mode, suffix in (("RGBA", ".png"), ("CMYK", ".jpg"), ("LA", ".png"), ("P", ".gif")):
-        Image.new(mode, (8, 4)).save(tmp_path / f"image{suffix}")
-        assert decode(tmp_path / f"image{suffix}").shape == (4, 8, 3)
-
-
-@pytest.mark.parametrize("value, expected", [(0., 0), (0.5, 128), (1., 255)])
-def test_floats_in_the_unit_interval_are_scaled(tmp_path, value, expected):
-    pixels = np.zeros((8, 8), np.float32)
-    pixels[0] = value
-    Image.fromarray(pixels).save(tmp_path / "float.tif")
-    assert probe(tmp_path / "float.tif") == ((8, 8), True)
-    assert (decode(tmp_path / "float.tif", channels=1)[0] == expected).all()
-    assert (decode(tmp_path / "float.tif")[0] == expected).all() and not decode(tmp_path / "float.tif")[1:].any()
-
-
-def test_the_header_tells_the_size_as_turned_by_exif(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert probe(tmp_path / "turned.jpg") == ((8, 4), False) and decode(tmp_path / "turned.jpg").shape == (8, 4, 3)
 
 
 @pytest.mark.parametrize("images", [torch.zeros(4, 8, 8, 3), torch.zeros(4, 8, 8, dtype=torch.uint8)])

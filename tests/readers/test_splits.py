@@ -1,0 +1,143 @@
+"""Splits and classes of folders as people have them: recognised, or refused with a line that names the folders."""
+import os
+import shutil
+
+import pytest
+from test_datasets import pictures
+
+from datasets import Source
+from readers.image_folders import image_folder
+from readers.splits import split_of
+
+
+def make(folder, layout):
+    """Write images, each of its own, to {path: count}."""
+    for i, (path, count) in enumerate(layout.items()):
+        pictures(folder / path, count, seed=i)
+
+
+def opened(folder):
+    """{split: number of images} and the classes, each with the folders that its images lie in."""
+    splits, classes = image_folder(Source(str(folder)))
+    named = {name: set() for name in classes}
+    for files, labels in splits.values():
+        for path, label in zip(files.paths, labels.tolist()):
+            if classes:
+                named[classes[label]].add(str(path.parent.relative_to(folder)))
+    return {split: len(files) for split, (files, _) in splits.items()}, named
+
+
+ALL = {"train": 5, "valid": 3, "test": 2}
+TRAIN_TEST = {"train": 5, "test": 2}
+NAMES = [("train", "valid", "test"), ("Train", "Val", "TEST"), ("training", "validation", "testing"),
+         ("train2017", "val2017", "test2017"), ("train_set", "val_set", "test_set"),
+         ("training_set", "val", "test_set"), ("trainingSet", "validSet", "testSet"),
+         ("img_train", "img_val", "img_test"), ("train-images", "val", "test"),
+         ("TrainData", "ValData", "TestData"), ("trainval", "validation", "test"), ("1_train", "2_val", "3_test"),
+         ("DIV2K_train_HR", "DIV2K_valid_HR", "DIV2K_test_HR"), ("train_64x64", "valid_64x64", "test_64x64"),
+         ("seg_train", "seg_val", "seg_test"), ("train (1)", "val (1)", "test (1)"), ("X_train", "X_val", "X_test")]
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("wrapping", [".", "archive", "dataset/data"])
+def test_splits_are_recognised(tmp_path, names, wrapping):
+    make(tmp_path, {f"{wrapping}/{name}/{label}": count - (label == "cat") for name, count in zip(names, (3, 2, 2))
+                    for label in ("cat", "dog")})
+    counts, classes = opened(tmp_path)
+    assert counts == {"train": 5, "valid": 3, "test": 3} and list(classes) == ["cat", "dog"]
+    assert all(path.endswith(name) for name, paths in classes.items() for path in paths)
+
+
+LAYOUTS = [  # what lies where, what is read, and the classes
+    ("COCO", {"train2017": 5, "val2017": 3}, {"train": 5, "valid": 3}, []),
+    ("YOLO", {"images/train": 5, "images/val": 3, "images/test": 2}, ALL, []),
+    ("YOLO, the other way", {"train/images": 5, "valid/images": 3, "test/images": 2}, ALL, []),
+    ("a split twice", {"train/train/cat": 5, "test/test/cat": 2}, TRAIN_TEST, ["cat"]),
+    ("a split twice, flat", {"train/train": 5, "test/test1": 2}, TRAIN_TEST, []),
+    ("a split twice, by its own name", {"seg_train/seg_train/a": 5, "seg_test/seg_test/a": 2}, TRAIN_TEST, ["a"]),
+    ("images, then classes", {"train/images/cat": 3, "train/images/dog": 2, "test/images/cat": 2}, TRAIN_TEST,
+     ["cat", "dog"]),
+    ("a class of a split's name", {"train/bus": 3, "train/train": 2, "test/bus": 2}, TRAIN_TEST, ["bus", "train"]),
+    ("classes within one train", {"train/bullet_train": 3, "train/test_tube": 2}, {"train": 5},
+     ["bullet_train", "test_tube"]),
+    ("station", {"train/train_station": 3, "train/house": 2}, {"train": 5}, ["house", "train_station"]),
+    ("photographs", {"": 5}, {"train": 5}, []),
+    ("classes", {"cat": 3, "dog": 2}, {"train": 5}, ["cat", "dog"]),
+    ("classes one level deeper", {"archive/cat": 3, "archive/dog": 2}, {"train": 5}, ["cat", "dog"]),
+    ("classes two levels deeper", {"a/b/cat": 3, "a/b/dog": 2}, {"train": 5}, ["cat", "dog"]),
+    ("one class", {"cat": 5}, {"train": 5}, ["cat"]),
+    ("a folder of images", {"images": 5}, {"train": 5}, []),
+    ("classes in folders", {"cat/young": 3, "cat/old": 1, "dog": 1}, {"train": 5}, ["cat", "dog"]),
+    ("one stray image", {"": 1, "cat": 3, "dog": 2}, {"train": 5}, ["cat", "dog"]),
+    ("one stray image in a split", {"train": 1, "train/cat": 3, "train/dog": 2, "test/cat": 2}, TRAIN_TEST,
+     ["cat", "dog"]),
+    ("as many that are in no class", {"": 3, "album": 2}, {"train": 5}, []),
+    ("a split without classes", {"train/cat": 3, "train/dog": 2, "test": 2}, TRAIN_TEST, []),
+    ("masks next to the splits", {"train": 5, "test": 2, "train_masks": 4, "test_masks": 1}, TRAIN_TEST, []),
+    ("thumbnails", {"cat": 3, "dog": 2, "@eaDir/x.jpg": 4, "cat/@eaDir/a.jpg": 2}, {"train": 5}, ["cat", "dog"]),
+    ("what a Mac adds", {"train/cat": 5, "test/cat": 2, "__MACOSX/train": 4}, TRAIN_TEST, ["cat"]),
+]
+
+
+@pytest.mark.parametrize("layout, counts, classes", [row[1:] for row in LAYOUTS],
+                         ids=[row[0] for row in LAYOUTS])
+def test_layouts(tmp_path, layout, counts, classes):
+    make(tmp_path, layout)
+    found, named = opened(tmp_path)
+    assert found == counts and list(named) == classes
+
+
+REFUSED = [
+    ("splits within classes", {"cat/train": 3, "cat/test": 2, "dog/train": 3}, "cat/test is named as a split"),
+    ("two data sets", {"a/train": 3, "a/test": 2, "b/train": 3, "b/val": 2}, "a/test is named as a split"),
+    ("splits within a split", {"train/cat/test": 3, "train/cat/a": 3}, "cat/test is named as a split"),
+    ("splits deeper next to others", {"archive/val": 3, "archive/train": 3, "more": 2}, "val is named as a split"),
+    ("train among classes", {"bus": 3, "car": 3, "train": 3}, "train may be a split or a class"),
+    ("train next to images", {"train": 3, "masks": 3}, "train may be a split or a class"),
+    ("part of a name", {"bullet_train": 3, "steam_engine": 3}, "bullet_train may be a split or a class"),
+    ("parts of names", {"train_station": 3, "crash_test": 3}, "crash_test and "),
+    ("two kinds of splits", {"a_train_x": 3, "a_test_x": 3, "b_train_y": 3, "b_test_y": 3}, "a_test_x and "),
+    ("a split twice", {"train2014": 3, "train2017": 3, "val2017": 2}, "train2014 and "),
+    ("no train", {"val2017": 3, "test2017": 2}, "without a folder train"),
+]
+
+
+@pytest.mark.parametrize("layout, message", [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_what_may_be_a_split_or_a_class_is_refused(tmp_path, layout, message):
+    make(tmp_path, layout)
+    with pytest.raises(ValueError) as caught:
+        image_folder(Source(str(tmp_path)))
+    assert message in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cat", "trains", "constraint", "contest", "latest", "valley", "invalid", "test_tube",
+                                  "images", "train_station", "2017", "traintest"])
+def test_other_names_are_no_splits(name):
+    assert split_of(name) is None
+
+
+# --- one image in two splits
+
+def link(source, target):
+    target.symlink_to(source)
+
+
+@pytest.mark.parametrize("bring", [link, os.link, shutil.copy])
+@pytest.mark.parametrize("one, two", [("train", "test"), ("train", "val"), ("val", "test")])
+def test_a_file_whose_content_is_in_two_splits_is_refused(tmp_path, bring, one, two):
+    make(tmp_path, {"train/cat": 5, "val/cat": 3, "test/cat": 2})
+    opened(tmp_path)
+    bring(tmp_path / one / "cat" / "001.png", tmp_path / two / "cat" / "copy.jpg")
+    with pytest.raises(ValueError, match="of the .* split is the same image as .* of the .* split") as caught:
+        opened(tmp_path)
+    assert f"{one}/cat/001.png" in str(caught.value) and f"{two}/cat/copy.jpg" in str(caught.value)
+
+
+def test_files_that_differ_in_a_few_bytes_are_no_copies(tmp_path):
+    make(tmp_path, {"train/cat": 5, "test/cat": 2})
+    data = bytearray(b"P5 100 100 255\n" + bytes(10000))
+    for split, value in (("train", 1), ("test", 2)):
+        data[100] = value  # neither in the middle nor at the end
+        (tmp_path / split / "cat" / "z.pgm").write_bytes(data)
+    source = Source(str(tmp_path), image_size=(8, 8))
+    assert {split: len(files) for split, (files, _) in image_folder(source)[0].items()} == {"train": 6, "test": 3}
