@@ -24,8 +24,8 @@ def parse_args():
     parser.add_argument("--split", choices=datasets.SPLITS, default="test", help="(default %(default)s)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
-                       help=f"of {', '.join(FEATURES)}: networks of the Fréchet, kernel and sliced Wasserstein "
-                       "distances (default effnet-lite0)")
+                       help=f"of {', '.join(FEATURES)}: networks that judge: the paired, kernel, Fréchet and sliced "
+                       "Wasserstein distances in their features (default effnet-lite0)")
     group.add_argument("--no-features", action="store_true", help="leave these distances out")
     parser.add_argument("--lpips", action="store_true", help="add LPIPS (torchmetrics; downloads its weights)")
     parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default %(default)s)")
@@ -129,8 +129,8 @@ def table(results, setting):
     figures_of_first = next(iter(results.values()))
     keys = [*reported(), *(["lpips"] if "lpips" in figures_of_first else [])]
     for judge in setting["features"]:
-        keys += [f"{name}/{judge}" for name in ("frechet_distance", "kernel_distance", "sliced_wasserstein",
-                                                "accuracy", "original_accuracy")
+        keys += [f"{name}/{judge}" for name in ("paired_distance", "kernel_distance", "frechet_distance",
+                                                "sliced_wasserstein", "accuracy", "original_accuracy")
                  if f"{name}/{judge}" in figures_of_first]
     header = ["model", *keys, "ms_per_step", "peak_memory_mb"]
     rows = [[name, *(cell(figures, key) for key in header[1:])] for name, figures in results.items()]
@@ -153,12 +153,11 @@ def table(results, setting):
 
 
 def cell(figures, key):
-    """A figure with its interval or deviation, where it has one."""
-    if f"{key}_interval" in figures:
-        low, high = figures[f"{key}_interval"]
-        return f"{figures[key]:.4g} [{low:.4g}, {high:.4g}]"
+    """A figure with its interval or deviation, where it has one, and a mark where the judge trained the model."""
     name, _, judge = key.partition("/")
     text = f"{figures[key]:.4g}"
+    if f"{key}_interval" in figures:
+        text += " [{:.4g}, {:.4g}]".format(*figures[f"{key}_interval"])
     if name == "kernel_distance":
         text = f"{figures[key]:.3g} ± {figures[f'kernel_distance_sd/{judge}']:.1g}"
     return text + (f" {OWN_JUDGE}" if judge and judge == figures["trained_through"] else "")

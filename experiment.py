@@ -3,7 +3,7 @@ import argparse
 import sys
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import datasets
 import metrics
@@ -235,25 +235,19 @@ class WeightAverage(AveragedModel):
     """
 
     def __init__(self, model, decay):
-        super().__init__(model, use_buffers=True)
-        self.decay, self.updates = decay, 0  # the latter is `n_averaged`, which is what is saved, as a number
-
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        self.updates = int(state_dict["n_averaged"])
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        super().__init__(model, next(model.parameters()).device, use_buffers=True)
+        self.decay = decay
 
     @torch.no_grad()
     def update_parameters(self, model):
-        updates = self.updates
-        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values()))
-        floating = [pair for pair in pairs if pair[0].is_floating_point() and updates]
-        if floating:
-            get_ema_multi_avg_fn(min(self.decay, (1 + updates) / (10 + updates)))(*map(list, zip(*floating)), updates)
-        for average, value in pairs:
-            if not (average.is_floating_point() and updates):
+        share = (9 / (10 + self.n_averaged)).clamp(min=1 - self.decay)  # of the new values: 1 - decay
+        share = torch.where(self.n_averaged > 0, share, 1.)
+        for average, value in zip(self.module.state_dict().values(), model.state_dict().values()):
+            if average.is_floating_point():
+                average.lerp_(value, share)
+            else:
                 average.copy_(value)
-        self.updates += 1
-        self.n_averaged.fill_(self.updates)
+        self.n_averaged.add_(1)
 
 
 def average_of(model, optimizer, decay):

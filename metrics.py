@@ -134,7 +134,8 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         extra: {name: function} beside `IMAGE_METRICS`, of reconstructions and originals (B, C, H, W) in [0, 1] -> (B,).
     Returns:
         values: {name: (N,) float64}, an entry an image: `IMAGE_METRICS`, color_bias_0... by channel, quantization
-        (mean squared distance of z_e to its code), `extra`, `loss` where a criterion is given.
+        (mean squared distance of z_e to its code), `extra`, `loss` where a criterion is given,
+        "paired_distance/<judge>" of judges that have one.
         figures: their means; color_bias, the largest of a channel by size; `codebook_usage`; bits_per_pixel, what an
         ideal entropy coder makes of the latents, each by itself; what each judge says under "<figure>/<judge>", and
         the first under "<figure>" too.
@@ -148,11 +149,10 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
     columns, counts, features = [], 0, [[] for _ in judges]
     for x, _ in loader:
         with autocast():
-            x_tilde, z_e, z_q = model(x)
+            x_tilde, z_e, z_q, latents = model.reconstruct(x)
             if not all(bool(output.isfinite().all()) for output in (z_e, x_tilde)):
                 raise UserError("outputs of the model are not finite, its training diverged: go on from its last.pt "
                                 "with --resume and a lower --lr or --precision fp32, or train again")
-            latents = model.codebook(z_e)
         counts = counts + torch.bincount(latents.flatten(), minlength=model.K)
         a, b = as_8bit(x_tilde), as_8bit(x)
         values = {name: metric(a, b) for name, metric in measured.items()}
@@ -160,9 +160,10 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         values["quantization"] = (z_e.float() - z_q).square().mean((1, 2, 3))
         if criterion:
             values["loss"] = criterion(x_tilde, x)[0].expand(len(x))
-        columns.append({name: value.cpu().double() for name, value in values.items()})
         for judge, seen in zip(judges, features):
             seen.append(judge.network(a))
+            values |= judge.paired(a, b)
+        columns.append({name: value.cpu().double() for name, value in values.items()})
     model.train(was_training)
 
     values = {name: distributed.concatenate(torch.cat([column[name] for column in columns])) for name in columns[0]}

@@ -162,15 +162,19 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
         """Images (B, C, f h, f w) in [-1, 1] of latents (B, h, w) int64."""
         return self.decoder(self.codebook.embed(latents))
 
+    def reconstruct(self, x):
+        """What `forward` returns, and the latents (B, H/f, W/f) int64 that were decoded, found once."""
+        z_e = self.encoder(x)
+        z_q_st, z_q, latents = self.codebook.straight_through(z_e)
+        return self.decoder(z_q_st), z_e, z_q, latents
+
     def forward(self, x):
         """Reconstruct images x (B, C, H, W) in [-1, 1].
 
         Returns:
             x_tilde (B, C, H, W) in [-1, 1], the encoder's z_e (B, D, H/f, W/f), and its nearest codes z_q, alike.
         """
-        z_e = self.encoder(x)
-        z_q_st, z_q = self.codebook.straight_through(z_e)
-        return self.decoder(z_q_st), z_e, z_q
+        return self.reconstruct(x)[:3]
 
 
 class GatedMaskedConv2d(nn.Module):

@@ -5,12 +5,15 @@ defaults, that has
 
     forward(z_e (B, D, h, w)) -> latents (B, h, w) int64 in 0...K-1
     embed(latents (B, h, w)) -> z_q (B, D, h, w) in float32, what the decoder sees of them
-    straight_through(z_e) -> z_q_st, z_q, both (B, D, h, w) in float32: z_q_st has the value `embed(forward(z_e))` and
-        the gradient that the decoder's sends to the encoder; z_q is what the losses ||sg[z_e] - z_q||^2 and
-        ||z_e - sg[z_q]||^2 are taken with: where the paper has no such losses it is z_e itself
+    straight_through(z_e) -> z_q_st, z_q, latents: the first two (B, D, h, w) in float32; z_q_st has the value
+        `embed(latents)` and the gradient that the decoder's sends to the encoder; z_q is what the losses
+        ||sg[z_e] - z_q||^2 and ||z_e - sg[z_q]||^2 are taken with: where the paper has no such losses it is z_e itself;
+        latents (B, h, w) int64 are those of `forward(z_e)`, found before anything is learned from z_e
     K: the number of codes that it has
 
 In training mode `straight_through` may learn; in eval mode nothing changes. Nothing outside this file looks further in.
+Once `filled`, a training step changes tensors in place and nothing else, waits for nothing and copies nothing from the
+CPU: it can be compiled, and captured as a CUDA graph.
 To add one: write the class, give it a row in `QUANTIZERS` at the end. Its name for `--quantizer` and its tests follow.
 """
 import inspect
@@ -22,7 +25,6 @@ from torch import nn
 
 from functions import rotation_st, vq, vq_st
 from harness import distributed
-from harness.batches import send
 from harness.errors import UserError
 
 # Usage, in units of uniform, that a new code is credited with: a multiple of the threshold of restarts, so that it has
@@ -73,20 +75,22 @@ class VQEmbedding(nn.Module):
         return F.embedding(latents, self._placed(self.embedding.weight)).permute(0, 3, 1, 2)
 
     def straight_through(self, z_e):
-        """Quantized z_e (B, D, h, w), twice, both (B, D, h, w) in float32.
+        """Quantized z_e (B, D, h, w), twice, both (B, D, h, w) in float32, and its latents.
 
         Returns:
             z_q_st: its gradient passes to z_e unchanged and never to the codebook; feed it to the decoder.
             z_q: its gradient reaches a codebook that learns by it and never z_e; use it in the losses.
+            latents: (B, h, w) int64.
         """
         vectors = self._placed(z_e.permute(0, 2, 3, 1))  # (B, h, w, D), no copy where z_e is channels_last
         if self.training and self.data_init:
             self._fill(vectors)
         codes, indices = vq_st(vectors, self._placed(self.embedding.weight.detach()))
-        z_q = self.embed(indices.view(vectors.shape[:-1]))
+        latents = indices.view(vectors.shape[:-1])
+        z_q = self.embed(latents)
         if self.training:
             self._update(vectors, indices)
-        return codes.permute(0, 3, 1, 2), z_q
+        return codes.permute(0, 3, 1, 2), z_q, latents
 
     def _placed(self, vectors):
         """Codes or encoder outputs (..., D) where they may lie: here, anywhere."""
@@ -95,27 +99,27 @@ class VQEmbedding(nn.Module):
     def _learn(self):
         """Move the codes to their averages: here their optimizer moves them."""
 
-    # What is drawn here is drawn on the CPU, and all processes take what rank 0 drew.
+    # What is drawn here is drawn on the device by its own generator, and all processes take what rank 0 drew.
 
     @torch.no_grad()
     def _fill(self, vectors):
-        filled = int(self.initialised)
-        if filled == self.K:
-            self.data_init = False
-            return
-        vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
-        count, offset = distributed.count_of(vectors)
-        index = send(distributed.of_rank_0(torch.randperm(count)[:self.K - filled]), vectors.device)
-        drawn, replaced = distributed.take(vectors, index, offset), slice(filled, filled + len(index))
-        self.embedding.weight.data[replaced] = drawn
-        self.average_sum[replaced] = drawn * self.trial
-        self.average_count[replaced] = self.trial
-        self.initialised += len(drawn)
+        first = int(self.initialised)  # waits for the device, in the first steps alone
+        last = first
+        if first < self.K:
+            vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
+            count, offset = distributed.count_of(vectors)
+            index = distributed.of_rank_0(torch.randperm(count, device=vectors.device)[:self.K - first])
+            drawn, last = distributed.take(vectors, index, offset), first + len(index)
+            self.embedding.weight[first:last] = drawn
+            self.average_sum[first:last] = drawn * self.trial
+            self.average_count[first:last] = self.trial
+            self.initialised.fill_(last)
+        self.data_init = last < self.K
 
     @torch.no_grad()
     def _update(self, vectors, indices):
         vectors = vectors.detach().flatten(0, 2).float()  # (N, D)
-        weight = self.embedding.weight.data
+        weight = self.embedding.weight
         count = vectors.new_zeros(self.K).index_add_(0, indices, vectors.new_ones(len(vectors)))
         count = distributed.total(count)  # (K,)
         total = distributed.total(torch.zeros_like(weight).index_add_(0, indices, vectors))  # (K, D)
@@ -127,7 +131,7 @@ class VQEmbedding(nn.Module):
         self._learn()
         if self.restart_below:
             dead = (self.average_count < self.restart_below).unsqueeze(1)  # (K, 1)
-            index = send(distributed.of_rank_0(torch.randint(rows, (len(weight),))), vectors.device)
+            index = distributed.of_rank_0(torch.randint(rows, (len(weight),), device=vectors.device))
             drawn = distributed.take(vectors, index, offset)
             weight.copy_(torch.where(dead, drawn, weight))
             self.average_sum.copy_(torch.where(dead, drawn * self.trial, self.average_sum))
@@ -175,8 +179,8 @@ class Rotation(MovingAverages):
     """
 
     def straight_through(self, z_e):
-        _, z_q = super().straight_through(z_e)
-        return rotation_st(z_e, z_q), z_q
+        _, z_q, latents = super().straight_through(z_e)
+        return rotation_st(z_e, z_q), z_q, latents
 
 
 class FSQ(nn.Module):
@@ -198,15 +202,20 @@ class FSQ(nn.Module):
         return f"{' x '.join(map(str, self.levels.tolist()))} levels = {self.K} codes"
 
     def forward(self, z_e):
-        digits = self._bounded(z_e).round().long() + self.levels // 2  # (B, h, w, number of levels)
-        return (digits * self.strides).sum(-1)
+        return self._latents(self._bounded(z_e).round())
 
     def embed(self, latents):
         return self._widened(latents.unsqueeze(-1) // self.strides % self.levels - self.levels // 2)
 
     def straight_through(self, z_e):
         numbers = self._bounded(z_e)
-        return self._widened(numbers + (numbers.round() - numbers).detach()), z_e.detach().float()
+        rounded = numbers.round().detach()
+        z_q_st = self._widened(numbers + (rounded - numbers).detach())
+        return z_q_st, z_e.detach().float(), self._latents(rounded)
+
+    def _latents(self, rounded):
+        digits = rounded.long() + self.levels // 2  # (B, h, w, number of levels)
+        return (digits * self.strides).sum(-1)
 
     def _bounded(self, z_e):
         """Numbers (B, h, w, number of levels) that round to `levels` integers; around -1/2 where those are even."""
@@ -246,6 +255,11 @@ QUANTIZERS = {
     "fsq": FSQ,
     "rotation": Rotation,
 }
+
+
+def filled(model):
+    """Whether every codebook of a model holds its first codes; until then a step looks at values."""
+    return not any(getattr(part, "data_init", False) for part in model.modules())
 
 
 def settings_of(name):

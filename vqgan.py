@@ -7,6 +7,8 @@ from torch import nn
 import experiment
 from harness import cli, distributed
 from harness.errors import UserError
+from study.distances import paired_distance
+from study.judges import FEATURES, PERCEPTUAL
 
 DISCRIMINATOR_BETAS = (0.5, 0.9)
 EPS = 1e-4  # keeps the adaptive weight finite where the adversarial gradient vanishes
@@ -144,35 +146,19 @@ class PatchDiscriminator(nn.Module):
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of EfficientNet-Lite0 features at four depths, each position's features scaled to unit length.
+    """The mean `paired_distance` through the network `PERCEPTUAL`, which then is no fair judge of what it trained.
 
-    The form of LPIPS (Zhang et al. 2018, arXiv 1801.03924) without its weights learnt from human judgements.
     forward: x_tilde, x (B, 1 or 3, H, W) in [-1, 1] -> scalar in [0, 4]; differentiable in x_tilde.
     """
 
-    blocks = (0, 2, 4, 10)  # the last before each halving of the picture
-
     def __init__(self):
         super().__init__()
-        from study.judges import FEATURES, PERCEPTUAL  # slow to import, and needed here alone
-        self.network = FEATURES[PERCEPTUAL](None, None).network.requires_grad_(False)
-
-    def _features(self, x):
-        network = self.network
-        x = network._swish(network._bn0(network._conv_stem(x.expand(-1, 3, -1, -1) * (127.5 / 128) + 0.5 / 128)))
-        for i, block in enumerate(network._blocks[:max(self.blocks) + 1]):
-            x = block(x)
-            if i in self.blocks:
-                yield F.normalize(x.float(), dim=1)
-
-    def train(self, mode=True):
-        return super().train(False)  # its batch statistics are ImageNet's
+        self.network = FEATURES[PERCEPTUAL](None, None)
 
     def forward(self, x_tilde, x):
         with torch.no_grad():
-            originals = list(self._features(x))
-        pairs = zip(self._features(x_tilde), originals)
-        return sum((a - b).square().sum(1).mean() for a, b in pairs) / len(self.blocks)
+            originals = self.network.maps((x + 1) / 2)
+        return paired_distance(self.network.maps((x_tilde + 1) / 2), originals).mean()
 
 
 if __name__ == "__main__":

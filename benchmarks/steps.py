@@ -17,9 +17,10 @@ import experiment
 from datasets import Source, load
 from harness import cli
 from harness.batches import Batches
-from harness.compiled import graphs_fit
+from harness.device import compiled, one_step
 from losses import ReconstructionLoss
 from modules import Upsampling, VectorQuantizedVAE
+from quantizers import filled
 
 SIDE = 32  # of CIFAR-sized images
 RECOMMENDED = ("--recipe", "recommended")
@@ -49,20 +50,24 @@ def our_step(batches, *flags, prepare=None):
     model = model.to(device, memory_format=torch.channels_last).train()
     if prepare:
         prepare(model)
-    if args.compile:
-        model.compile_networks(graphs=graphs_fit(device, args.accumulate))
     optimizer, images = experiment.optimizer_of(model, args.lr), _endless(batches)
+    ready = functools.partial(filled, model)
 
-    def step():
-        x = next(images)
+    def losses(x):
         with autocast():
             x_tilde, z_e, z_q = model(x)
-        loss = (criterion(x_tilde, x)[0] + F.mse_loss(z_q, z_e.detach().float())
+        return (criterion(x_tilde, x)[0] + F.mse_loss(z_q, z_e.detach().float())
                 + args.beta * F.mse_loss(z_e.float(), z_q.detach()))
+    losses = compiled(losses, ready) if args.compile else losses
+
+    def update(x):
+        loss = losses(x)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return step
+        return {"loss": loss.detach()}
+    update = one_step(update, device, optimizer, graph=not args.no_graph, accumulate=args.accumulate, ready=ready)
+    return lambda: update(next(images))
 
 
 def _endless(batches):

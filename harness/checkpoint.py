@@ -188,9 +188,21 @@ def load_json(path, kind=dict):
 
 
 def random_state():
-    """State of the generator that training draws from: the CPU's, the same on every process, whatever the device."""
-    return {"cpu": torch.get_rng_state()}
+    """States of the generators that training draws from, the same on every process: the CPU's and the device's."""
+    return {"cpu": torch.get_rng_state()} | {name: generators.get_rng_state() for name, generators in _devices()}
 
 
 def set_random_state(state):
+    """Go on drawing from a `random_state`; a device that it does not name is left as it is."""
     torch.set_rng_state(state["cpu"])
+    for name, generators in _devices():
+        if name in state:
+            generators.set_rng_state(state[name])
+
+
+def _devices():
+    """(name, module) of what this process computes with beside the CPU."""
+    if torch.cuda.is_initialized():
+        yield "cuda", torch.cuda
+    if torch.backends.mps.is_available():
+        yield "mps", torch.mps

@@ -1,21 +1,19 @@
-"""What the scripts share at their command line: flags, device, precision, and how errors are told.
+"""What the scripts share at their command line: flags, and how errors are told.
 
 Errors a user can mend are UserError or OSError; `run` prints them as one line.
 """
 import argparse
-import ctypes
 import math
 import os
-import platform
 import sys
 from concurrent.futures import BrokenExecutor
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from harness import checkpoint, distributed
+from harness.device import adam, autocast, keep_freed_memory, pick_device, pick_precision  # noqa: F401
 from harness.errors import UserError
 
 # --- flags
@@ -126,7 +124,9 @@ def add_arguments(parser, output_folder, lr):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                        help="auto is bf16 where the device is faster with it: tensor cores, AMX, AMD's AVX-512")
-    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument("--compile", action="store_true", help="compile forward pass and loss first (a minute)")
+    group.add_argument("--no-graph", action="store_true", help="on a GPU, launch each kernel of a step by itself and "
+                       "not the whole step as one CUDA graph")
     group.add_argument("--log-every", type=positive_int, default=50, metavar="STEPS", help="(default %(default)s)")
 
 
@@ -170,80 +170,3 @@ def _is_lack_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed",
                                           "integer multiplication overflow"))
-
-
-# --- device, precision
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-LARGEST_KEPT, MOST_KEPT = 2 ** 25, 2 ** 30  # bytes
-
-
-def keep_freed_memory(most=MOST_KEPT):
-    """Let the C library keep the memory of freed tensors for the next ones, rather than return it to the system.
-
-    On a CPU, a step of training otherwise faults thousands of pages in anew. Nothing happens where there is no glibc.
-
-    Args:
-        most: bytes kept of all tensors together; those of half as many, and of `LARGEST_KEPT` or more, are returned.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(M_MMAP_THRESHOLD, min(most // 2, LARGEST_KEPT))
-    mallopt(M_TRIM_THRESHOLD, most)
-
-
-def pick_device(name):
-    """torch.device of a name; auto is cuda, then mps, then cpu. UserError where the machine has no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and distributed.world_size() > 1:
-        name = f"cuda:{distributed.local_rank()}"
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name} is not available here ({str(error).splitlines()[0]}): "
-                        "use --device auto or cpu") from error
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # training has images of one size
-        torch.set_float32_matmul_precision("high")  # TF32, but for the search and SSIM
-    return device
-
-
-def adam(parameters, lr, betas=(0.9, 0.999)):
-    """Adam for those of the parameters that have gradients, in one kernel where their device has it."""
-    learnt = [parameter for parameter in parameters if parameter.requires_grad]
-    return torch.optim.Adam(learnt, lr=lr, betas=betas, fused=learnt[0].device.type != "mps")
-
-
-def autocast(device, precision):
-    """A function that makes the context of the forward pass."""
-    bf16 = pick_precision(device, precision) == "bf16"
-    return partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
-
-
-def pick_precision(device, precision):
-    """--precision, where auto stands for what suits the device."""
-    return ("bf16" if _has_bf16(device) else "fp32") if precision == "auto" else precision
-
-
-def _has_bf16(device):
-    """Whether products of bfloat16 are faster there than those of float32.
-
-    With AVX-512 alone, without AMX, Intel's processors do as many products a cycle in either, AMD's twice as many.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported()
-                                     or torch.cpu._is_avx512_bf16_supported() and not _is_intel())
-
-
-def _is_intel():
-    description = Path("/proc/cpuinfo")
-    return "GenuineIntel" in (description.read_text() if description.exists() else platform.processor())

@@ -15,11 +15,12 @@ from torch import nn
 from tqdm import tqdm
 
 from harness import checkpoint, cli, curves, distributed
+from harness.device import set_lr
 from harness.errors import UserError
 
 # All other flags define a run, but for those a script names.
-MAY_CHANGE_ON_RESUME = {"num_epochs", "minutes", "device", "resume", "overwrite", "log_every", "compile", "lr",
-                        "precision"}
+MAY_CHANGE_ON_RESUME = {"num_epochs", "minutes", "device", "resume", "overwrite", "log_every", "compile",
+                        "no_graph", "lr", "precision"}
 
 
 def peak_memory_mb(device):
@@ -232,8 +233,7 @@ class Run:
         scale = min(1., rise)
         if args.lr_schedule == "cosine" and rise >= 1:
             scale = 0.5 * (1 + math.cos(math.pi * share))
-        for group in optimizer.param_groups:
-            group["lr"] = (lr or args.lr) * scale
+        set_lr(optimizer, (lr or args.lr) * scale)
 
     def _stop_if_asked(self):
         if distributed.mean(self.signal is not None):  # on any process: all leave the loop at the same batch

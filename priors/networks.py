@@ -62,9 +62,10 @@ class StackedVQVAE(Rebuilt, nn.Module):
         return torch.cat([book(z_e[:, i]).flatten(1) for i, book in enumerate(self.codebooks)], 1)
 
     def quantize(self, z_e):
-        """(z_q_st, z_q), both (B, n_codes, CODE_DIM), of encoder outputs."""
-        pairs = [book.straight_through(z_e[:, i, :, None, None]) for i, book in enumerate(self.codebooks)]
-        return tuple(torch.stack(part, 1).flatten(2) for part in zip(*pairs))
+        """(z_q_st, z_q), both (B, n_codes, CODE_DIM), and codes (B, n_codes), of encoder outputs."""
+        parts = [book.straight_through(z_e[:, i, :, None, None]) for i, book in enumerate(self.codebooks)]
+        z_q_st, z_q, codes = (torch.stack(part, 1).flatten(2) for part in zip(*parts))
+        return z_q_st, z_q, codes.flatten(1)
 
     def embed(self, codes):
         """(B, n_codes, CODE_DIM) of codes (B, n_codes)."""
@@ -88,11 +89,8 @@ class StackedVQVAE(Rebuilt, nn.Module):
             logits of the prior over codes (B, CODES, 1, n_codes) with the codes themselves (B, 1, n_codes).
         """
         z_e = self.encode(latents)
-        z_q_st, z_q = self.quantize(z_e)
-        condition = self.condition(z_q_st, absent)
-        with torch.no_grad():
-            codes = torch.stack([book(z_e[:, i, :, None, None]).flatten() for i, book in enumerate(self.codebooks)], 1)
-        codes = codes.unsqueeze(1)
+        z_q_st, z_q, codes = self.quantize(z_e)
+        condition, codes = self.condition(z_q_st, absent), codes.unsqueeze(1)
         return (self.pixelcnn(latents, spatial=condition), self.alone(condition), z_e, z_q,
                 self.prior(codes, spatial=self._which(len(codes))), codes)
 

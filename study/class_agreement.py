@@ -7,7 +7,8 @@ from harness.errors import UserError
 from metrics import as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
 from priors.first_stage import add_drawing_arguments, check_classes, check_vqvae
-from study.judges import Judge, frechet_and_kernel_distance, open_judged, open_network
+from study.distances import frechet_distance
+from study.judges import Judge, open_judged, open_network
 
 
 def main():
@@ -45,8 +46,7 @@ def main():
     rows = [["real test images", judge.agreement(judge.real, judge.labels), ""]]
     for name, features, of in (("their reconstructions", rebuilt, judge.labels),
                                (f"samples, {args.samples} a class", samples, labels)):
-        distance = frechet_and_kernel_distance(features, judge.real)["frechet_distance"]
-        rows.append([name, judge.agreement(features, of), distance])
+        rows.append([name, judge.agreement(features, of), frechet_distance(features, judge.real)])
     rows += [[f"  {name}", judge.agreement(*part), ""]
              for name, *part in zip(classes, samples.split(args.samples), labels.split(args.samples))]
     print(report.markdown_table(["judged by the classifier", "agreement", "Fréchet distance"], rows))

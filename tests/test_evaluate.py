@@ -45,6 +45,8 @@ def test_one_table_picture_and_file_of_several_models(folder):
     mean, low, high = b["ssim_difference"]
     assert mean == pytest.approx(b["ssim"] - a["ssim"]) and low <= mean <= high and a["ssim_difference"] == [0, 0, 0]
     assert f"| {b['psnr'] - a['psnr']:+.3g} [" in out and "minus a, by image" in out
+    low, high = b["paired_distance/effnet-lite0_interval"]
+    assert low < b["paired_distance/effnet-lite0"] < high
     assert Image.open(folder / "evaluation" / "models.png").size[1] > 3 * 96
 
 
@@ -74,7 +76,7 @@ def test_a_judge_that_a_model_was_trained_through_is_marked(folder):
     code, out, err = call(folder, "evaluate.py", "--model", "models/a", "models/p", "--device", "cpu")
     assert code == 0, err
     a, p = (next(line for line in out.splitlines() if line.startswith(f"| {name} ")) for name in "ap")
-    assert "†" not in a and p.count("†") == 3 and "† judged by the network" in out
+    assert "†" not in a and p.count("†") == 4 and "† judged by the network" in out
 
 
 def test_what_cannot_be_evaluated_is_one_line(folder, monkeypatch):

@@ -9,9 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import quantizers
 from functions import cross_entropy, vq
-from harness import checkpoint, cli
+from harness import checkpoint, cli, device
 from harness.run import Run
 from losses import TERMS, ReconstructionLoss
 from metrics import IMAGE_METRICS, as_8bit
@@ -139,19 +138,13 @@ def cuda():
         yield device
 
 
-def on_device(tensor, device):
-    """In place of `send`, which copies through pinned memory: fake tensors have none."""
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-
-
 def on_cuda(*tensors):
     assert all(tensor.device.type == "cuda" for tensor in tensors), tensors
 
 
 @pytest.mark.parametrize("downsample", [4, 8])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_the_vqvae_stays_on_the_device(cuda, quantizer, downsample, monkeypatch):
-    monkeypatch.setattr(quantizers, "send", on_device)
+def test_the_vqvae_stays_on_the_device(cuda, quantizer, downsample):
     settings = {"restart_below": 0.02} if "restart_below" in settings_of(quantizer) else {}
     with cuda:
         model = VectorQuantizedVAE(3, 8, 16, downsample=downsample, quantizer=quantizer, fine_blocks=1, **settings)
@@ -171,8 +164,7 @@ def test_the_loss_of_a_recipe_waits_for_nothing(cuda):
     on_cuda(total, *parts.values())
 
 
-def test_the_networks_over_latents_and_judges_stay_on_the_device(cuda, monkeypatch):
-    monkeypatch.setattr(quantizers, "send", on_device)
+def test_the_networks_over_latents_and_judges_stay_on_the_device(cuda):
     with cuda:
         stacked, video = StackedVQVAE(16, 8, (9, 9), 2, 8, 2), VideoPrior(16, 2, 3, 8, 2)
         judge, grid, x = Classifier(3, 4, 8), torch.zeros(2, 3, 9, 9, dtype=torch.int64), torch.zeros(2, 3, 32, 32)
@@ -205,7 +197,7 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
 def test_a_cpu_has_bf16_where_it_is_faster(monkeypatch, amx, avx512_bf16, intel, precision):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr(cli, "_is_intel", lambda: intel)
+    monkeypatch.setattr(device, "_is_intel", lambda: intel)
     with cli.autocast(torch.device("cpu"), "auto")():
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
 

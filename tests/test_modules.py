@@ -102,7 +102,7 @@ def test_each_loss_reaches_only_its_own_part():
 
 def test_straight_through_passes_the_decoders_gradient_to_the_encoder_unchanged():
     codebook, z_e = VQEmbedding(8, 4), torch.randn(2, 4, 3, 5, requires_grad=True)
-    z_q_st, z_q = codebook.straight_through(z_e)
+    z_q_st, z_q, _ = codebook.straight_through(z_e)
     upstream = torch.randn_like(z_q_st)
     assert torch.equal(torch.autograd.grad(z_q_st, z_e, upstream)[0], upstream)
     assert torch.equal(z_q_st, z_q) and not torch.autograd.grad(z_q.sum(), z_e, allow_unused=True)[0]

@@ -1,0 +1,277 @@
+"""What a device asks of training: its name, its precision, its optimizer, and a whole step in one launch."""
+import ctypes
+import platform
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+
+from harness import distributed
+from harness.errors import UserError
+
+WARM_UP = 3  # steps before a capture: libraries pick their kernels and take their memory, the optimizer makes its state
+
+
+# --- device
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+LARGEST_KEPT, MOST_KEPT = 2 ** 25, 2 ** 30  # bytes
+
+
+def keep_freed_memory(most=MOST_KEPT):
+    """Let the C library keep the memory of freed tensors for the next ones, rather than return it to the system.
+
+    On a CPU, a step of training otherwise faults thousands of pages in anew. Nothing happens where there is no glibc.
+
+    Args:
+        most: bytes kept of all tensors together; those of half as many, and of `LARGEST_KEPT` or more, are returned.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, min(most // 2, LARGEST_KEPT))
+    mallopt(M_TRIM_THRESHOLD, most)
+
+
+def pick_device(name):
+    """torch.device of a name; auto is cuda, then mps, then cpu. UserError where the machine has no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and distributed.world_size() > 1:
+        name = f"cuda:{distributed.local_rank()}"
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {name} is not available here ({str(error).splitlines()[0]}): "
+                        "use --device auto or cpu") from error
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # training has images of one size
+        _allow_tf32(False)
+    return device
+
+
+def _allow_tf32(allowed):
+    """Whether products and convolutions of float32 may be rounded to 10 bits on a GPU's tensor cores."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+# --- precision
+
+def autocast(device, precision):
+    """A function that makes the context of a network's forward pass.
+
+    On a GPU in fp32 it lets networks use TF32. Under bf16 they have no use for it, and nothing else may use it.
+    """
+    bf16 = pick_precision(device, precision) == "bf16"
+    if device.type == "cuda":
+        _allow_tf32(not bf16)
+    # Without the cache of casts, which must not outlive the capture of a CUDA graph.
+    return partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext
+
+
+def pick_precision(device, precision):
+    """--precision, where auto stands for what suits the device."""
+    return ("bf16" if _has_bf16(device) else "fp32") if precision == "auto" else precision
+
+
+def _has_bf16(device):
+    """Whether products of bfloat16 are faster there than those of float32.
+
+    With AVX-512 alone, without AMX, Intel's processors do as many products a cycle in either, AMD's twice as many.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported()
+                                     or torch.cpu._is_avx512_bf16_supported() and not _is_intel())
+
+
+def _is_intel():
+    description = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (description.read_text() if description.exists() else platform.processor())
+
+
+# --- optimizer
+
+def adam(parameters, lr, betas=(0.9, 0.999)):
+    """Adam for those of the parameters that have gradients, in one kernel where their device has it.
+
+    On a GPU the learning rate is a tensor, which a captured step reads: set it with `set_lr`.
+    """
+    learned = [parameter for parameter in parameters if parameter.requires_grad]
+    device = learned[0].device
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.Adam(learned, lr=torch.tensor(lr, device=device) if on_gpu else lr, betas=betas,
+                                 fused=device.type != "mps", capturable=on_gpu)
+    optimizer.register_load_state_dict_pre_hook(_with_settings_of_this_device)
+    return optimizer
+
+
+def _with_settings_of_this_device(optimizer, state):
+    """A saved state of Adam with what depends on the device as it is here: the run may have begun on another."""
+    groups = [saved | {name: here[name] for name in ("lr", "fused", "capturable")}
+              for saved, here in zip(state["param_groups"], optimizer.param_groups)]
+    return state | {"param_groups": groups}
+
+
+def set_lr(optimizer, lr):
+    """Set the learning rate of all parameters, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+# --- a step in one launch
+
+def _always():
+    return True
+
+
+def compiled(function, ready=_always):
+    """A function of a training step by torch.compile, forward and backward; where that fails, as it is.
+
+    A failure of any call is one line, and the function is called as it is from then on. It is called so, too, in
+    validation (where no gradient is recorded), on batches of another shape than the first, and until it is `ready`.
+    """
+    torch._functorch.config.donated_buffer = False  # else a backward that keeps its graph for another is refused
+    # The backward is compiled before the forward runs, so that what fails has changed nothing.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+    return _Compiled(function, ready)
+
+
+class _Compiled:
+    def __init__(self, function, ready):
+        self.plain, self.ready, self.kind = function, ready, None
+        self.fast = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def __call__(self, *inputs):
+        kind = _kind(inputs)
+        if not (self.fast and torch.is_grad_enabled() and self.ready()) or kind != (self.kind or kind):
+            return self.plain(*inputs)
+        start, first = time.perf_counter(), self.kind is None
+        self.kind = kind
+        try:
+            values = self.fast(*inputs)
+        except Exception as error:  # whatever a compiler, or the lack of one, raises
+            self.fast = None
+            values = self.plain(*inputs)  # raises again what is not the compiler's fault
+            print(f"--compile failed here and is left out: {_line(error)}", flush=True)
+            return values
+        if first:
+            print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
+        return values
+
+
+def one_step(step, device, *optimizers, graph=True, accumulate=1, ready=_always):
+    """A training step that is one CUDA graph wherever it can be, and elsewhere the step as it is.
+
+    The first steps run as they are; then forward, loss, backward and update are captured once and replayed for each
+    batch, which launches all kernels at once. A batch of another shape than those before runs as it is. A line says how
+    long the capture took, or why there is none.
+
+    Args:
+        step: batch tensors, and plain values such as whether a part is switched on -> {name: tensor}. It does the whole
+            update, reads no Python number that changes but these values, waits for nothing, copies nothing from the
+            CPU, and draws random numbers on the device alone. What it returns is overwritten by the next call.
+        optimizers: those that it steps, made by `adam`.
+        graph: False leaves the step as it is. accumulate: batches of an update. ready: whether a step changes tensors
+            alone by now.
+    """
+    if device.type != "cuda" or not graph:
+        return step
+    several = distributed.world_size() > 1
+    if several or accumulate > 1:
+        print("the step is no CUDA graph: " + ("several processes train together" if several
+                                               else f"an update takes --accumulate {accumulate} batches"))
+        return step
+    return GraphedStep(step, optimizers, ready, CUDAGraphs(device))
+
+
+class GraphedStep:
+    """`one_step` where graphs fit; `graphs` is what warms up, captures and replays: `CUDAGraphs`."""
+
+    def __init__(self, step, optimizers, ready, graphs):
+        self.step, self.optimizers, self.ready, self.graphs = step, optimizers, ready, graphs
+        self.kind, self.alike = None, 0  # of the last batch, and how many were such in a row
+        self.captured, self.inputs, self.replay = None, None, None  # kind of batch, static inputs, the graph's launch
+
+    def __call__(self, *inputs):
+        kind = _kind(inputs)
+        if self.replay and kind == self.captured:
+            self.alike = 0
+            for static, given in zip(self.inputs, inputs):
+                if torch.is_tensor(given):
+                    static.copy_(given, non_blocking=True)
+            return self.replay()
+        self.alike = self.alike + 1 if kind == self.kind and self.ready() else 1
+        self.kind = kind
+        if self.graphs and self.alike > WARM_UP:
+            self._capture(kind, inputs)
+            return self(*inputs)
+        return self.graphs.warm_up(self.step, *inputs) if self.graphs else self.step(*inputs)
+
+    def _capture(self, kind, inputs):
+        start = time.perf_counter()
+        self.captured = self.inputs = self.replay = None  # one graph's memory goes before another's is taken
+        static = [value.clone() if torch.is_tensor(value) else value for value in inputs]
+        try:
+            self.replay = self.graphs.capture(self.step, *static)
+        except Exception as error:  # what cannot be captured runs as it is
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()  # memory of the graph that failed
+            self.graphs = None
+            print(f"the step is no CUDA graph: {_line(error)}", flush=True)
+            return
+        self.captured, self.inputs = kind, static
+        print(f"captured the step as a CUDA graph in {time.perf_counter() - start:.1f} s", flush=True)
+
+
+class CUDAGraphs:
+    """Captures on a stream of its own, in a pool of memory of each graph's own."""
+
+    def __init__(self, device):
+        self.stream, self.generator = torch.cuda.Stream(device), torch.cuda.default_generators[device.index]
+
+    def warm_up(self, function, *inputs):
+        """The function's values, computed on the stream that captures, so that libraries make ready for it."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            values = function(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return values
+
+    def capture(self, function, *inputs):
+        """What replays the function on these very inputs, and returns its values, the same tensors each time."""
+        graph, before = torch.cuda.CUDAGraph(), self.generator.clone_state()
+        try:
+            # Other threads, which decode and send images, may go on meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                values = function(*inputs)
+        except Exception:
+            self.generator.graphsafe_set_state(before)  # or it would still count for the capture
+            raise
+
+        def replay():
+            graph.replay()
+            return values
+        return replay
+
+
+def _kind(inputs):
+    """What must be the same for a graph, or compiled code, to do for other inputs."""
+    return tuple((value.shape, value.stride(), value.dtype) if torch.is_tensor(value) else value for value in inputs)
+
+
+def _line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
