@@ -13,10 +13,10 @@ from torch import nn
 from functions import with_gradient
 from harness import distributed
 from harness.errors import UserError
-from terms import pixel, structure
+from terms import frequency, pixel, statistics, structure
 from terms.images import EPS
 
-ROWS = pixel.ROWS | structure.ROWS
+ROWS = pixel.ROWS | structure.ROWS | frequency.ROWS | statistics.ROWS
 TERMS = {name: row.term for name, row in ROWS.items()}
 STRUCTURAL_TERMS = {name for name, row in ROWS.items() if row.structural}  # --sharpen shows them sharpened originals
 

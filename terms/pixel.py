@@ -4,8 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from harness.errors import UserError
-from terms.images import Row, chroma_of, unit
+from terms.images import Row, check_sides, chroma_of, unit
 
 
 def mse(x_tilde, x):
@@ -16,6 +15,17 @@ def mse(x_tilde, x):
 def l1(x_tilde, x):
     """Mean absolute error, mean |x_tilde - x|: in [0, 2]."""
     return F.l1_loss(x_tilde, x)
+
+
+CHARBONNIER_EPS = 1e-3
+
+
+def charbonnier(x_tilde, x):
+    """Charbonnier loss, mean sqrt((x_tilde - x)^2 + eps^2) - eps, eps = 1e-3: in [0, 2] (Charbonnier et al. 1994).
+
+    The absolute error, smooth at 0 (as a loss of images: Lai et al. 2017, arXiv 1704.03915).
+    """
+    return ((x_tilde - x).square() + CHARBONNIER_EPS ** 2).sqrt().mean() - CHARBONNIER_EPS
 
 
 def psnr(x_tilde, x, ceiling=60.0):
@@ -48,14 +58,14 @@ def coarse_chroma(x_tilde, x):
     Raises:
         UserError: the images have no colour, or a side is smaller than 4 pixels.
     """
-    if min(x.shape[2:]) < COARSE:
-        raise UserError(f"coarse-chroma needs sides of at least {COARSE} pixels, got {x.shape[2]}x{x.shape[3]}")
+    check_sides("coarse-chroma", x, COARSE)
     return F.avg_pool2d(chroma_of(unit(x_tilde) - unit(x)), COARSE).square().mean()
 
 
 ROWS = {
     "mse": Row(mse),
     "l1": Row(l1),
+    "charbonnier": Row(charbonnier),
     "chroma": Row(chroma),
     "coarse-chroma": Row(coarse_chroma),
     "psnr": Row(psnr),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from harness.errors import UserError
 from kernels.ssim import ROOT_EPS, mean_ssim, ssim_maps
-from terms.images import EPS, Row, chroma_of, halved, luma_of, unit
+from terms.images import EPS, Row, check_sides, chroma_of, edges, halved, luma_of, similarity, unit, weighted_channels
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
@@ -17,8 +17,7 @@ def ssim(x_tilde, x):
     Raises:
         UserError: a side is smaller than the window.
     """
-    if min(x.shape[2:]) < SSIM_WINDOW:
-        raise UserError(f"ssim needs sides of at least {SSIM_WINDOW} pixels, got {x.shape[2]}x{x.shape[3]}")
+    check_sides("ssim", x, SSIM_WINDOW)
     return 1 - mean_ssim(unit(x_tilde), unit(x), SSIM_WINDOW, SSIM_SIGMA)
 
 
@@ -75,33 +74,41 @@ def ms_ssim(x_tilde, x):
     return 1 - score.mean()
 
 
+CONTRAST_WINDOW, CONTRAST_C = 7, 0.03 ** 2
+
+
+def contrast(x_tilde, x):
+    """1 - the contrast factor of SSIM, mean (2 s~ s + C2) / (s~^2 + s^2 + C2): in [0, 1] (Wang et al. 2004).
+
+    s is the standard deviation under a uniform 7-pixel window, no padding, per channel. It compares how much contrast
+    there is around a pixel, not where.
+
+    Raises:
+        UserError: a side is smaller than the window.
+    """
+    check_sides("contrast", x, CONTRAST_WINDOW)
+    return 1 - similarity(_deviation(unit(x_tilde)), _deviation(unit(x)), CONTRAST_C).mean()
+
+
+def _deviation(x):
+    means, squares = (F.avg_pool2d(F.avg_pool2d(y, (CONTRAST_WINDOW, 1), 1), (1, CONTRAST_WINDOW), 1)
+                      for y in (x, x.square()))
+    return ((squares - means.square()).clamp(min=0) + EPS).sqrt()
+
+
 def gradient(x_tilde, x):
     """Mean absolute difference of the finite differences along both axes: in [0, 4] (after Mathieu et al. 2016)."""
     difference = unit(x_tilde) - unit(x)
     return sum(torch.diff(difference, dim=axis).abs().mean() for axis in (2, 3))
 
 
-def _prewitt(luma):
-    """(B, 1, H, W) gradient magnitude by the Prewitt filters, zeros beyond the border as published."""
-    padded = F.pad(luma, (1, 1, 1, 1))
-    across, down = padded[..., 2:] - padded[..., :-2], padded[..., 2:, :] - padded[..., :-2, :]
-    across = across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :]
-    down = down[..., :-2] + down[..., 1:-1] + down[..., 2:]
-    return ((across.square() + down.square()) / 9 + EPS).sqrt()
-
-
 GMSD_C = 170 / 255 ** 2
-
-
-def _similarity(a, b, c, masking=0.):
-    """Similarity of two magnitudes on [0, 1], in (0, 1]; c is the published constant for [0, 255] over 255^2."""
-    return ((2 - masking) * a * b + c) / (a.square() + b.square() - masking * a * b + c)
 
 
 def _gmsd(luma_tilde, luma, masking=0.):
     """(B,) standard deviation of the gradient magnitude similarity map, 0 at equality."""
-    similarity = _similarity(_prewitt(luma_tilde), _prewitt(luma), GMSD_C, masking)
-    return (similarity.var((1, 2, 3), unbiased=False) + EPS).sqrt() - math.sqrt(EPS)
+    alike = similarity(edges(luma_tilde, 1 / 3, 1 / 3), edges(luma, 1 / 3, 1 / 3), GMSD_C, masking)
+    return (alike.var((1, 2, 3), unbiased=False) + EPS).sqrt() - math.sqrt(EPS)
 
 
 def gmsd(x_tilde, x):
@@ -150,14 +157,14 @@ def haarpsi(x_tilde, x):
     x_tilde, x = halved(unit(x_tilde)), halved(unit(x))
     luma_tilde, luma = luma_of(x_tilde), luma_of(x)
     scales = [(_haar(luma_tilde, scale), _haar(luma, scale)) for scale in (1, 2, 3)]  # (B, 2, h, w) each
-    similarity = sum(_similarity(a, b, HAARPSI_C) for a, b in scales[:2]) / 2
+    alike = sum(similarity(a, b, HAARPSI_C) for a, b in scales[:2]) / 2
     weight = torch.maximum(*scales[2])
     if x.shape[1] == 3:
         chroma_tilde, chroma = (_mean_filtered(chroma_of(image)).abs() for image in (x_tilde, x))
-        similarity = torch.cat([similarity, _similarity(chroma_tilde, chroma, HAARPSI_C).mean(1, keepdim=True)], 1)
+        alike = torch.cat([alike, similarity(chroma_tilde, chroma, HAARPSI_C).mean(1, keepdim=True)], 1)
         weight = torch.cat([weight, weight.mean(1, keepdim=True)], 1)
     ceiling = 1 / (1 + math.exp(-HAARPSI_ALPHA))  # of identical images; also the score where nothing has any contrast
-    local = torch.sigmoid(HAARPSI_ALPHA * similarity)
+    local = torch.sigmoid(HAARPSI_ALPHA * alike)
     score = ((local * weight).sum((1, 2, 3)) + EPS * ceiling) / (weight.sum((1, 2, 3)) + EPS)
     return 1 - (torch.logit(score) / HAARPSI_ALPHA).square().mean()
 
@@ -166,12 +173,39 @@ def _mean_filtered(x):
     return F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2, stride=1)
 
 
+MDSI_C, MDSI_AVERAGE_C, MDSI_CHROMA_C, MDSI_EDGES = 140 / 255 ** 2, 55 / 255 ** 2, 550 / 255 ** 2, 0.6
+MDSI_OPPONENTS = ((0.30, 0.04, -0.35), (0.34, -0.6, 0.17))
+
+
+def mdsi(x_tilde, x):
+    """Mean deviation similarity index: in [0, 1], 0.2 to 0.5 on photographs (Nafchi et al. 2016, arXiv 1608.07433).
+
+    (mean |s^1/4 - mean s^1/4|)^1/4 per image, s the similarity of Prewitt gradients of the luma, of both images and of
+    each with their average, and of two opponent colours. A deviation, not a mean: an image that is equally wrong
+    everywhere scores 0, so it needs a pixel term as well.
+    """
+    x_tilde, x = unit(x_tilde), unit(x)
+    luma_tilde, luma = luma_of(x_tilde), luma_of(x)
+    edges_tilde, edges_x, edges_between = (edges(y, 1 / 3, 1 / 3)
+                                           for y in (luma_tilde, luma, (luma_tilde + luma) / 2))
+    alike = similarity(edges_tilde, edges_x, MDSI_C) + similarity(edges_tilde, edges_between, MDSI_AVERAGE_C) \
+        - similarity(edges_x, edges_between, MDSI_AVERAGE_C)
+    a, b = (weighted_channels(y.expand(-1, 3, -1, -1), MDSI_OPPONENTS) for y in (x_tilde, x))  # grey: three equal ones
+    colour = (2 * (a * b).sum(1, keepdim=True) + MDSI_CHROMA_C) / (
+        (a.square() + b.square()).sum(1, keepdim=True) + MDSI_CHROMA_C)
+    score = (MDSI_EDGES * alike + (1 - MDSI_EDGES) * colour).clamp(min=EPS) ** 0.25
+    deviation = (score - score.mean((2, 3), keepdim=True)).abs().mean((1, 2, 3))
+    return ((deviation + EPS) ** 0.25 - EPS ** 0.25).mean()
+
+
 ROWS = {
     "ssim": Row(ssim, structural=True),
     "root-ssim": Row(root_ssim, structural=True),
     "ms-ssim": Row(ms_ssim, structural=True),
+    "contrast": Row(contrast, structural=True),
     "gradient": Row(gradient, structural=True),
     "gmsd": Row(gmsd, structural=True),
     "ms-gmsd": Row(ms_gmsd, structural=True),
     "haarpsi": Row(haarpsi, structural=True),
+    "mdsi": Row(mdsi, structural=True),
 }

@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import STRUCTURAL_TERMS, TERMS, ReconstructionLoss
 
-OF_SSIM = ("ssim", "root-ssim", "ms-ssim", "contrast")
+OF_SSIM = ("ssim", "root-ssim", "ms-ssim")
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "matmul", "convolution", "convolution_backward"}
 
 
@@ -29,18 +29,13 @@ def differentiate(function, x_tilde, x):
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_term_is_one_graph_with_the_same_value_and_gradient(name):
-    if name in OF_SSIM:
-        pytest.xfail("its maps set and give back the precision of matrix products")
-    pair = images()
-    for eager in (TERMS[name], ReconstructionLoss({name: 1.})):
-        for a, b in zip(differentiate(compiled(eager), *pair), differentiate(eager, *pair)):
-            torch.testing.assert_close(a, b)
+    pair, eager = images(), ReconstructionLoss({name: 1.}, sharpen=0.3 if name in STRUCTURAL_TERMS else 0.)
+    for a, b in zip(differentiate(compiled(eager), *pair), differentiate(eager, *pair)):
+        torch.testing.assert_close(a, b)
 
 
-def test_a_sum_of_terms_and_a_sharpened_target_are_one_graph():
-    names, pair = [name for name in TERMS if name not in OF_SSIM], images()
-    criterion = ReconstructionLoss(dict.fromkeys(names, 1.), sharpen=0.3)
-    assert set(names) & STRUCTURAL_TERMS
+def test_a_sum_of_terms_is_one_graph():
+    criterion, pair = ReconstructionLoss({"psnr": 1., "root-ssim": 0.4, "chroma": 1.}, sharpen=0.6), images()
     for a, b in zip(differentiate(compiled(criterion), *pair), differentiate(criterion, *pair)):
         torch.testing.assert_close(a, b)
 
@@ -70,7 +65,8 @@ def test_a_term_has_no_product_that_a_gpu_may_shorten(name):
     criterion = ReconstructionLoss({name: 1.}, sharpen=0.3 if name in STRUCTURAL_TERMS else 0.)
     with Products() as products:
         differentiate(criterion, *images())
-    assert not products.found or name in OF_SSIM, products.found  # those ask for whole products themselves
+    # Those of SSIM ask for whole products themselves; ten bits are enough for the projections of patches.
+    assert not products.found or name in (*OF_SSIM, "patch-swd"), products.found
 
 
 def test_the_collector_sees_products():
