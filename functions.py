@@ -1,14 +1,11 @@
-"""Custom autograd functions: the nearest code, the straight-through gradient, the rotation trick, cross-entropy."""
-import torch
-import torch.nn.functional as F
+"""Custom autograd functions: the nearest code, the straight-through gradient, the rotation trick."""
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from kernels.nearest import exact_products, nearest  # noqa: F401
+from kernels.nearest import nearest
 
 ROTATION_EPS = 1e-6  # lengths below are no direction
-CROSS_ENTROPY_ROWS = 512  # logits of so many latents at a time stay in a CPU's cache
 
 
 def vq(inputs, codebook):
@@ -24,7 +21,7 @@ def vq(inputs, codebook):
     Raises:
         ValueError: widths differ, an argument is not floating point, or the codebook is empty.
     """
-    return _NearestCode.apply(inputs, codebook)
+    return _NearestCode.apply(inputs.detach(), codebook.detach())  # a compiler would trace the backward, which raises
 
 
 def vq_st(inputs, codebook):
@@ -120,56 +117,3 @@ def _check(inputs, codebook):
         raise ValueError(f"vq needs at least one code of at least one dimension, got {shapes}")
     if not (inputs.is_floating_point() and codebook.is_floating_point()):
         raise ValueError(f"vq needs floating point inputs and codebook, got {shapes}")
-
-
-# --- cross-entropy
-
-def cross_entropy(logits, latents):
-    """Mean nats a latent of logits (B, K, h, w) for latents (B, h, w) int64, in float32 whatever the logits are."""
-    rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (N, K), in memory as it is where logits are channels_last
-    if rows.device.type != "cpu":
-        return F.cross_entropy(rows.float(), latents.flatten())
-    return _CrossEntropy.apply(rows, latents.flatten())
-
-
-class _CrossEntropy(Function):
-    """Value and gradient in one pass over blocks of rows, which never leaves the cache."""
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        total, gradient = 0., torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(logits), CROSS_ENTROPY_ROWS):
-            block = slice(start, start + CROSS_ENTROPY_ROWS)
-            target = targets[block].unsqueeze(1)
-            log_p = logits[block].float().log_softmax(1)
-            total = total - log_p.gather(1, target).sum()
-            if gradient is not None:
-                gradient[block] = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])).div_(len(logits))
-        ctx.save_for_backward(gradient)
-        return total / len(logits)
-
-    @staticmethod
-    def backward(ctx, grad_value):
-        gradient, = ctx.saved_tensors
-        return grad_value.to(gradient.dtype) * gradient, None
-
-
-# --- a gradient that is known
-
-def with_gradient(x, value, gradient):
-    """A scalar `value` whose gradient in x is `gradient`, of the shape of x; first order only."""
-    return _WithGradient.apply(x, value, gradient)
-
-
-class _WithGradient(Function):
-    """A value whose gradient is already known."""
-
-    @staticmethod
-    def forward(ctx, x, value, gradient):
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    def backward(ctx, grad_value):
-        gradient, = ctx.saved_tensors
-        return grad_value * gradient, None, None

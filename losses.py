@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from functions import with_gradient
 from harness import distributed
 from harness.errors import UserError
 from terms import frequency, pixel, statistics, structure
@@ -133,7 +132,8 @@ class ReconstructionLoss(nn.Module):
             self._average(squares.sqrt() / distributed.world_size())
         weights = weights * self.scales()
         combined = sum(weight * gradient for weight, gradient in zip(weights, gradients))
-        return with_gradient(x_tilde, (weights * values).sum(), combined), parts
+        nothing = (combined * (x_tilde - x_tilde.detach())).sum()  # whose gradient is the combined one
+        return (weights * values).sum() + nothing, parts
 
     def curves(self, parts):
         """{tag: value} of each term for TensorBoard: raw, weighted, and the gradient norm of the last step."""

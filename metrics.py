@@ -9,9 +9,9 @@ from contextlib import nullcontext
 import torch
 from pytorch_msssim import ssim as msssim_ssim
 
-from functions import exact_products
 from harness import distributed
 from harness.errors import UserError
+from kernels.backend import exact_products
 
 PERFECT_PSNR = 100.0  # dB, reported where an image is reproduced exactly
 _FLAT = 1e-3  # a quarter of an 8-bit step: keeps ratios finite on images without detail

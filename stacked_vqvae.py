@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from functions import cross_entropy
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
 from harness.errors import UserError
@@ -78,8 +77,10 @@ def main():
 
             # The latents given the codes, and those above and to the left or not; outputs towards their codes; the
             # prior over codes, whose gradient reaches nothing else.
-            losses = {"cross-entropy": cross_entropy(logits, grid), "alone": cross_entropy(alone, grid),
-                      "commitment": F.mse_loss(z_e, z_q.detach()), "prior": cross_entropy(logits_codes, codes)}
+            losses = {"cross-entropy": F.cross_entropy(logits.float(), grid),
+                      "alone": F.cross_entropy(alone.float(), grid),
+                      "commitment": F.mse_loss(z_e, z_q.detach()),
+                      "prior": F.cross_entropy(logits_codes.float(), codes)}
             loss = losses["cross-entropy"] + args.alone_weight * losses["alone"] + args.beta * losses["commitment"] \
                 + losses["prior"]
             run.check_finite(loss, losses)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import functions
-from functions import vq, vq_st
+from functions import rotation_st, vq, vq_st
 from kernels import nearest
 
 
@@ -110,3 +110,21 @@ def test_vq_st_gives_half_precision_inputs_a_gradient_of_their_own_dtype():
     codes, _ = vq_st(inputs, torch.randn(3, 4))
     codes.sum().backward()
     assert codes.dtype == torch.float32 and inputs.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_each_function_is_one_graph_and_keeps_its_gradient(autocast):
+    def step(inputs, codebook):
+        codes, indices = vq_st(inputs, codebook)
+        turned = rotation_st(inputs.transpose(1, -1), codes.detach().transpose(1, -1))
+        return (codes ** 3).sum() + (turned ** 3).sum(), indices, vq(inputs, codebook)
+
+    found = []
+    for call in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(5)
+        inputs, codebook = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(12, 8, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value, *indices = call(inputs, codebook)
+        value.backward()
+        found.append((value, *indices, inputs.grad, codebook.grad))
+    assert all(torch.equal(*pair) for pair in zip(*found))

@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks import steps
 from benchmarks.steps import BATCH, CODES, HIDDEN, SIDE
 from datasets import Source, load
-from functions import cross_entropy, vq
+from functions import vq
 from harness import checkpoint, cli, report
 from harness.batches import Batches
 from harness.errors import UserError
@@ -221,7 +221,7 @@ def prior_step(device):
     def our_step():
         with autocast():
             logits = ours(codes, label)
-        loss = cross_entropy(logits, codes)
+        loss = F.cross_entropy(logits.float(), codes)
         our_optimizer.zero_grad()
         loss.backward()
         our_optimizer.step()

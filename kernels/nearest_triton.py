@@ -77,7 +77,7 @@ def _scaled(x_ptr, center_ptr, inverse, rows, start, N, D: tl.constexpr, BD: tl.
 def tiles(count, width, precision):
     """Sizes of the tiles and options of the compiler for `count` inputs of a width."""
     step = min(max(16, triton.next_power_of_2(width)), 64 if precision == "tf32x3" and width <= 64 else 32)
-    rows = 128 if count > 128 * 128 else 64  # smaller tiles where a GPU of 132 processors would idle
+    rows = 128 if count >= 128 * 128 else 64  # smaller tiles where a GPU of 132 processors would idle
     return {"BN": rows, "BK": 64, "BD": step, "num_warps": 8 if rows == 128 else 4, "num_stages": 2}
 
 

@@ -2,11 +2,11 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 import datasets
 import metrics
 from datasets import SPLITS, Source, check_counts
-from functions import cross_entropy
 from harness import checkpoint, cli, distributed
 from harness.batches import Batches
 from harness.compiled import compile_forward, graphs_fit
@@ -223,7 +223,7 @@ def train_epoch(run, network, optimizer, batches, autocast, logits_of):
             logits, latents = logits_of(*batch)
 
         # What it takes to code a latent.
-        loss = cross_entropy(logits, latents)
+        loss = F.cross_entropy(logits.float(), latents)
         run.check_finite(loss, {"cross-entropy": loss})
 
         run.backward(loss)
@@ -250,7 +250,8 @@ def mean_nats(models, batches, autocast, nats_of):
         with autocast():
             logits, latents = nats_of(*batch)
         for name, values in logits.items():
-            found = float(cross_entropy(values, latents)) * latents.numel(), float((values.argmax(1) == latents).sum())
+            nats = float(F.cross_entropy(values.float(), latents)) * latents.numel()
+            found = nats, float((values.argmax(1) == latents).sum())
             sums[name] = [old + new for old, new in zip(sums.get(name, (0., 0.)), found)]
         count += latents.numel()
     models.train()

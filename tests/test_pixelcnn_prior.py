@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from conftest import call, start, stop_after
 from PIL import Image
 
-import functions
 from harness import checkpoint
 from modules import GatedPixelCNN, draw
 from priors import first_stage
@@ -73,19 +72,6 @@ def test_draw_follows_the_distribution_and_its_options():
     for options in ({"temperature": 0.}, {"top_k": 0}):
         with pytest.raises(ValueError):
             draw(logits, **options)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
-def test_blockwise_cross_entropy_is_torchs(dtype, tolerance, monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr(functions, "CROSS_ENTROPY_ROWS", 7)
-    latents, logits = torch.randint(9, (4, 3, 5)), (3 * torch.randn(4, 9, 3, 5)).to(dtype).requires_grad_()
-    found, expected = functions.cross_entropy(logits, latents), F.cross_entropy(logits.float(), latents)
-    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), rel=1e-6)
-    gradients = (torch.autograd.grad(2 * value, logits)[0] for value in (found, expected))
-    torch.testing.assert_close(*gradients, atol=tolerance / 10, rtol=tolerance)
-    with torch.no_grad():
-        assert functions.cross_entropy(logits, latents) == found
 
 
 def test_masks_survive_an_optimizer_step_and_forward_changes_no_weight():

@@ -4,7 +4,7 @@ import torch
 from interpreter import interpreted, resources
 
 from benchmarks.exactness import search_errors
-from kernels.nearest import _lowest_equal_code, nearest
+from kernels.nearest import lowest_equal_code, nearest
 
 SHIPPED = [(width, count) for width in (1, 16, 64, 256, 300) for count in (8192, 131072)]
 
@@ -104,7 +104,7 @@ def test_three_tf32_products_are_exact_enough_and_one_is_not():
 def test_equal_codes_share_the_lowest_index(seed):
     torch.manual_seed(seed)
     codes = torch.randint(-1, 2, (200, 3)).float() * torch.tensor([1., -1., 0.])  # few values, and both zeros
-    lowest = _lowest_equal_code(codes)
+    lowest = lowest_equal_code(codes)
     expected = [next(i for i, other in enumerate(codes) if torch.equal(code + 0., other + 0.)) for code in codes]
     assert lowest.tolist() == expected
 

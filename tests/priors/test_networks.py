@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from conftest import HERE
 
-from functions import cross_entropy
 from harness import checkpoint
 from modules import GatedPixelCNN, draw
 from priors.networks import StackedVQVAE, VideoPrior
@@ -95,16 +94,16 @@ def test_three_codes_that_can_describe_a_grid_do():
     for _ in range(150):
         grids = toy(32)
         logits, alone, z_e, z_q, prior, codes = model(grids)
-        loss = cross_entropy(logits, grids) + cross_entropy(alone, grids) + 0.25 * F.mse_loss(z_e, z_q.detach())
+        loss = F.cross_entropy(logits, grids) + F.cross_entropy(alone, grids) + 0.25 * F.mse_loss(z_e, z_q.detach())
         optimizer.zero_grad()
-        (loss + cross_entropy(prior, codes)).backward()
+        (loss + F.cross_entropy(prior, codes)).backward()
         optimizer.step()
     model.eval()
     grids = toy(64)
     with torch.no_grad():
         codes = model.codes(grids)
-        right, swapped = (float(cross_entropy(model.pixelcnn(grids, spatial=model.condition(model.embed(part))), grids))
-                          for part in (codes, codes.roll(1, 0)))
+        conditions = (model.condition(model.embed(part)) for part in (codes, codes.roll(1, 0)))
+        right, swapped = (float(F.cross_entropy(model.pixelcnn(grids, spatial=given), grids)) for given in conditions)
     assert right < 0.05 and swapped > 10 * right and swapped > 0.3
     assert (model.draw(codes) == grids).float().mean() > 0.95
     drawn = model.draw_codes(200)
@@ -132,7 +131,7 @@ def test_a_rollout_is_frame_after_frame_and_obeys_its_actions():
         place, action = torch.randint(4, (32, 2)), torch.randint(3, (32,))
         place = torch.cat([place, (place[:, 1:] + step[action, None]) % 4], 1)
         window = F.one_hot(place, 4)[:, :, None].expand(-1, -1, *shape)
-        loss = cross_entropy(model(window, action), window[:, -1])
+        loss = F.cross_entropy(model(window, action), window[:, -1])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

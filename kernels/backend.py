@@ -1,0 +1,30 @@
+"""Which way a kernel goes: Triton on a GPU, where it is installed, else PyTorch's own operators in whole float32."""
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+
+HAS_TRITON = find_spec("triton") is not None  # not on Windows, nor in builds for a CPU
+
+
+def fits_triton(*tensors):
+    """Whether a kernel written in Triton takes these tensors."""
+    return HAS_TRITON and all(x.is_cuda and x.dtype != torch.float64 for x in tensors)
+
+
+@contextmanager
+def exact_products():
+    """Matrix products and convolutions in float32, where the program may have allowed TF32 or bfloat16 for them.
+
+    It sets the whole program's precision, which no compiler can trace: within an operator of `torch.library`, or where
+    nothing is compiled.
+    """
+    allowed, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    convolutions = cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+        cudnn.allow_tf32 = convolutions
