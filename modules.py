@@ -3,8 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.batches import send
 from harness.checkpoint import complete
 from harness.compiled import compile_forward
+from harness.device import one_step
 from harness.errors import UserError
 from quantizers import QUANTIZERS, VQEmbedding  # noqa: F401 (VQEmbedding is looked for here)
 
@@ -299,7 +301,7 @@ class GatedPixelCNN(Rebuilt, nn.Module):
         Args:
             label: (batch_size,) int64, None for an unconditional prior.
             temperature: divides the logits. top_k: draw from the k most probable codes only.
-            generator: torch.Generator on the CPU; None uses the global one.
+            generator: torch.Generator on the CPU, so that every device draws the same; None uses the global one.
             spatial: (batch_size, condition_dim, *shape), None for a prior without.
         Raises:
             ValueError: condition of another shape; label out of range, of another length, missing or superfluous;
@@ -315,40 +317,71 @@ class GatedPixelCNN(Rebuilt, nn.Module):
              for part in layer.condition(label, spatial)] for layer in self.layers))
         # Inputs of each layer's two stacks so far, behind the zeros beyond the border: of all rows, of this row.
         rows = [weight.new_zeros(batch_size, weight.shape[1], layer.reach + height, width) for layer in self.layers]
+        row = [weight.new_zeros(batch_size, weight.shape[1], 1, layer.reach + width) for layer in self.layers]
+        v_to_h = [weight.new_empty(batch_size, 2 * weight.shape[1], 1, width) for _ in self.layers]
+
+        def position(i, j, uniform):
+            x_h = torch.zeros_like(row[0][..., :1])  # the position itself, which the first layer does not see
+            for layer, condition, left, above in zip(self.layers, horizontal, row, v_to_h):
+                _put(left, layer.reach + j, x_h)
+                h = layer.horizontal(_part(left, 3, j, layer.reach + 1 - layer.masked))  # (B, 2 dim, 1, 1)
+                x_h = layer.join(_part(above, 3, j), h, x_h, _part(_part(condition, 2, i), 3, j))
+            codes = draw(self.output_conv(x_h)[:, :, 0, 0], temperature, top_k, uniform=uniform)
+            _put(row[0], self.layers[0].reach + j, self.embedding(codes)[..., None, None])
+            return codes
+
+        on_gpu = weight.device.type == "cuda"
+        position = one_step(position, weight.device, what=None)
+        places = torch.arange(max(shape), device=weight.device).split(1) if on_gpu else range(max(shape))
+        uniform = torch.rand(height * width, batch_size, 1, dtype=torch.float64, generator=generator)
+        uniform = iter(send(uniform, weight.device) if on_gpu else uniform)
         latents = torch.zeros(batch_size, height, width, dtype=torch.int64, device=weight.device)
         for i in range(height):
-            v_to_h = []
             for depth, (layer, condition) in enumerate(zip(self.layers, vertical)):
                 v = layer.vertical(rows[depth][:, :, i:i + layer.reach + 1 - layer.masked])  # (B, 2 dim, 1, w)
-                v_to_h.append(layer.vert_to_horiz(v))
+                v_to_h[depth].copy_(layer.vert_to_horiz(v))
                 if depth + 1 < len(self.layers):
                     below = rows[depth + 1]
                     below[:, :, self.layers[depth + 1].reach + i] = _gate(
                         v, condition[:, :, i:i + 1]).squeeze(2)
-            row = [weight.new_zeros(batch_size, weight.shape[1], 1, layer.reach + width) for layer in self.layers]
+            for left in row:
+                left.zero_()
             for j in range(width):
-                x_h = torch.zeros_like(row[0][..., :1])  # the position itself, which the first layer does not see
-                for layer, condition, left, above in zip(self.layers, horizontal, row, v_to_h):
-                    left[..., layer.reach + j] = x_h.squeeze(3)
-                    h = layer.horizontal(left[..., j:j + layer.reach + 1 - layer.masked])  # (B, 2 dim, 1, 1)
-                    x_h = layer.join(above[..., j:j + 1], h, x_h, condition[:, :, i:i + 1, j:j + 1])
-                latents[:, i, j] = draw(self.output_conv(x_h)[:, :, 0, 0], temperature, top_k, generator)
-                row[0][..., self.layers[0].reach + j] = self.embedding(latents[:, i, j]).unsqueeze(2)
+                latents[:, i, j] = position(places[i], places[j], next(uniform))
             rows[0][:, :, self.layers[0].reach + i] = self.embedding(latents[:, i]).transpose(1, 2)
         return latents
 
 
-def draw(logits, temperature=1., top_k=None, generator=None):
+# Where a position is a tensor (1,) of the device, not a number, a graph of its operators does for all positions.
+
+def _part(x, axis, start, length=1):
+    """`length` entries of x along an axis, from a position on."""
+    if torch.is_tensor(start):
+        return x.index_select(axis, start + torch.arange(length, device=x.device))
+    return x.narrow(axis, start, length)
+
+
+def _put(x, position, values):
+    """Write values (B, dim, 1, 1) to a position of x (B, dim, 1, width)."""
+    if torch.is_tensor(position):
+        x.index_copy_(3, position, values)
+    else:
+        x[..., position] = values.squeeze(3)
+
+
+def draw(logits, temperature=1., top_k=None, generator=None, uniform=None):
     """One code (B,) int64 for each row of logits (B, K), by inverting the cumulative distribution.
 
-    Takes one uniform number a row from the generator, so that nearly equal logits draw equal codes.
+    Takes one uniform number a row, so that nearly equal logits draw equal codes: those of `uniform` (B, 1) float64 in
+    [0, 1), on the CPU or the logits' device, where they are drawn already, else from the generator.
     """
     if not temperature > 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f"temperature and top-k must be positive, got {temperature} and {top_k}")
-    device, logits = logits.device, logits.cpu().double() / temperature  # a GPU may lack float64
+        raise UserError(f"temperature and top-k must be positive, got {temperature} and {top_k}")
+    if uniform is None:
+        uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator)
+    device, logits = logits.device, logits.to(uniform.device).double() / temperature  # a device may lack float64
     if top_k is not None and top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     cumulative = logits.softmax(1).cumsum(1)
-    uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator)
     codes = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
     return codes.clamp(max=logits.shape[1] - 1).to(device)

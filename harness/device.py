@@ -173,7 +173,7 @@ class _Compiled:
         return values
 
 
-def one_step(step, device, *optimizers, graph=True, accumulate=1, ready=_always):
+def one_step(step, device, *optimizers, graph=True, accumulate=1, ready=_always, what="the step"):
     """A training step that is one CUDA graph wherever it can be, and elsewhere the step as it is.
 
     The first steps run as they are; then forward, loss, backward and update are captured once and replayed for each
@@ -181,28 +181,34 @@ def one_step(step, device, *optimizers, graph=True, accumulate=1, ready=_always)
     long the capture took, or why there is none.
 
     Args:
-        step: batch tensors, and plain values such as whether a part is switched on -> {name: tensor}. It does the whole
-            update, reads no Python number that changes but these values, waits for nothing, copies nothing from the
-            CPU, and draws random numbers on the device alone. What it returns is overwritten by the next call.
+        step: batch tensors, and plain values such as whether a part is switched on -> tensors, in a dict or not. It
+            does the whole update, reads no Python number that changes but these values, waits for nothing, copies
+            nothing from the CPU, and draws random numbers on the device alone. The next call overwrites what it
+            returned.
         optimizers: those that it steps, made by `adam`.
         graph: False leaves the step as it is. accumulate: batches of an update. ready: whether a step changes tensors
-            alone by now.
+            alone by now. what: the lines call it; None says nothing.
     """
     if device.type != "cuda" or not graph:
         return step
     several = distributed.world_size() > 1
     if several or accumulate > 1:
-        print("the step is no CUDA graph: " + ("several processes train together" if several
-                                               else f"an update takes --accumulate {accumulate} batches"))
+        _say(what, "is no CUDA graph: " + ("several processes train together" if several
+                                           else f"an update takes --accumulate {accumulate} batches"))
         return step
-    return GraphedStep(step, optimizers, ready, CUDAGraphs(device))
+    return GraphedStep(step, optimizers, ready, CUDAGraphs(device), what)
+
+
+def _say(what, text):
+    if what:
+        print(what, text, flush=True)
 
 
 class GraphedStep:
     """`one_step` where graphs fit; `graphs` is what warms up, captures and replays: `CUDAGraphs`."""
 
-    def __init__(self, step, optimizers, ready, graphs):
-        self.step, self.optimizers, self.ready, self.graphs = step, optimizers, ready, graphs
+    def __init__(self, step, optimizers, ready, graphs, what="the step"):
+        self.step, self.optimizers, self.ready, self.graphs, self.what = step, optimizers, ready, graphs, what
         self.kind, self.alike = None, 0  # of the last batch, and how many were such in a row
         self.captured, self.inputs, self.replay = None, None, None  # kind of batch, static inputs, the graph's launch
 
@@ -231,10 +237,10 @@ class GraphedStep:
             for optimizer in self.optimizers:
                 optimizer.zero_grad()  # memory of the graph that failed
             self.graphs = None
-            print(f"the step is no CUDA graph: {_line(error)}", flush=True)
+            _say(self.what, f"is no CUDA graph: {_line(error)}")
             return
         self.captured, self.inputs = kind, static
-        print(f"captured the step as a CUDA graph in {time.perf_counter() - start:.1f} s", flush=True)
+        _say(self.what, f"is one CUDA graph from here on, captured in {time.perf_counter() - start:.1f} s")
 
 
 class CUDAGraphs:

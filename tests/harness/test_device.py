@@ -86,7 +86,7 @@ def test_nothing_is_captured_before_it_is_ready(capsys):
     steps.settled = True
     for _ in range(device.WARM_UP):
         step(x)
-    assert step.graphs.captures == 1 and "captured the step" in capsys.readouterr().out
+    assert step.graphs.captures == 1 and "captured in" in capsys.readouterr().out
 
 
 def test_a_step_that_cannot_be_captured_is_one_line_and_goes_on(capsys):
