@@ -2,6 +2,7 @@
 import ctypes
 import platform
 import time
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from harness import distributed
 from harness.errors import UserError
 
 WARM_UP = 3  # steps before a capture: libraries pick their kernels and take their memory, the optimizer makes its state
+MOST_GRAPHS = 6  # of a step: each part that is switched on, and logged steps, have one of their own
 
 
 # --- device
@@ -177,8 +179,8 @@ def one_step(step, device, *optimizers, graph=True, accumulate=1, ready=_always,
     """A training step that is one CUDA graph wherever it can be, and elsewhere the step as it is.
 
     The first steps run as they are; then forward, loss, backward and update are captured once and replayed for each
-    batch, which launches all kernels at once. A batch of another shape than those before runs as it is. A line says how
-    long the capture took, or why there is none.
+    batch, which launches all kernels at once. Batches of a rare shape run as they are. A line says how long the first
+    capture took, or why there is none.
 
     Args:
         step: batch tensors, and plain values such as whether a part is switched on -> tensors, in a dict or not. It
@@ -205,49 +207,49 @@ def _say(what, text):
 
 
 class GraphedStep:
-    """`one_step` where graphs fit; `graphs` is what warms up, captures and replays: `CUDAGraphs`."""
+    """`one_step` where graphs fit; `graphs` is what warms up, captures and replays: `CUDAGraphs`.
+
+    There is a graph for each kind of call, of other shapes or other plain values, that is frequent enough.
+    """
 
     def __init__(self, step, optimizers, ready, graphs, what="the step"):
         self.step, self.optimizers, self.ready, self.graphs, self.what = step, optimizers, ready, graphs, what
-        self.kind, self.alike = None, 0  # of the last batch, and how many were such in a row
-        self.captured, self.inputs, self.replay = None, None, None  # kind of batch, static inputs, the graph's launch
+        self.seen, self.captured, self.most = Counter(), {}, MOST_GRAPHS  # captured: kind -> static inputs, replay
 
     def __call__(self, *inputs):
         kind = _kind(inputs)
-        if self.replay and kind == self.captured:
-            self.alike = 0
-            for static, given in zip(self.inputs, inputs):
-                if torch.is_tensor(given):
-                    static.copy_(given, non_blocking=True)
-            return self.replay()
-        self.alike = self.alike + 1 if kind == self.kind and self.ready() else 1
-        self.kind = kind
-        if self.graphs and self.alike > WARM_UP:
-            self._capture(kind, inputs)
-            return self(*inputs)
-        return self.graphs.warm_up(self.step, *inputs) if self.graphs else self.step(*inputs)
+        if kind not in self.captured:
+            self.seen[kind] += self.ready()
+            if self.seen[kind] <= WARM_UP or len(self.captured) >= self.most or not self._capture(kind, inputs):
+                return self.graphs.warm_up(self.step, *inputs)
+        static, replay = self.captured[kind]
+        for old, new in zip(static, inputs):
+            if torch.is_tensor(new):
+                old.copy_(new, non_blocking=True)
+        return replay()
 
     def _capture(self, kind, inputs):
-        start = time.perf_counter()
-        self.captured = self.inputs = self.replay = None  # one graph's memory goes before another's is taken
-        static = [value.clone() if torch.is_tensor(value) else value for value in inputs]
+        """Whether the step can be captured; nothing of it is computed meanwhile."""
+        start, static = time.perf_counter(), [value.clone() if torch.is_tensor(value) else value for value in inputs]
         try:
-            self.replay = self.graphs.capture(self.step, *static)
+            self.captured[kind] = static, self.graphs.capture(self.step, *static)
         except Exception as error:  # what cannot be captured runs as it is
             for optimizer in self.optimizers:
                 optimizer.zero_grad()  # memory of the graph that failed
-            self.graphs = None
+            self.most = len(self.captured)  # it would fail again
             _say(self.what, f"is no CUDA graph: {_line(error)}")
-            return
-        self.captured, self.inputs = kind, static
-        _say(self.what, f"is one CUDA graph from here on, captured in {time.perf_counter() - start:.1f} s")
+            return False
+        if len(self.captured) == 1:
+            _say(self.what, f"is one CUDA graph from here on, captured in {time.perf_counter() - start:.1f} s")
+        return True
 
 
 class CUDAGraphs:
-    """Captures on a stream of its own, in a pool of memory of each graph's own."""
+    """Captures on a stream of its own; all graphs share a pool of memory, as never two of them run at once."""
 
     def __init__(self, device):
-        self.stream, self.generator = torch.cuda.Stream(device), torch.cuda.default_generators[device.index]
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.generator = torch.cuda.default_generators[device.index]
 
     def warm_up(self, function, *inputs):
         """The function's values, computed on the stream that captures, so that libraries make ready for it."""
@@ -262,7 +264,7 @@ class CUDAGraphs:
         graph, before = torch.cuda.CUDAGraph(), self.generator.clone_state()
         try:
             # Other threads, which decode and send images, may go on meanwhile.
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 values = function(*inputs)
         except Exception:
             self.generator.graphsafe_set_state(before)  # or it would still count for the capture

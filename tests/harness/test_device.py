@@ -49,8 +49,9 @@ def same(one, two):
 
 
 CASES = {"alike": batches([8] * 20), "a smaller one among them": batches([8] * 9 + [5] + [8] * 10),
-         "the first is smaller": batches([5] + [8] * 12), "a part starts": batches([8] * 20, wide=range(10, 20))}
-CAPTURES = {"a part starts": 2}
+         "the first is smaller": batches([5] + [8] * 12), "a part starts": batches([8] * 20, wide=range(10, 20)),
+         "every third is of another kind": batches([8] * 20, wide=range(2, 20, 3))}
+CAPTURES = {"a part starts": 2, "every third is of another kind": 2}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,7 +85,7 @@ def test_nothing_is_captured_before_it_is_ready(capsys):
         step(x)
     assert not step.graphs.captures
     steps.settled = True
-    for _ in range(device.WARM_UP):
+    for _ in range(device.WARM_UP + 1):
         step(x)
     assert step.graphs.captures == 1 and "captured in" in capsys.readouterr().out
 
