@@ -22,7 +22,7 @@ from losses import TERMS
 from metrics import measure, reported
 from modules import VectorQuantizedVAE
 from study import mixes
-from study.judges import FEATURES, OWN_JUDGE, Judge, open_judged, trained_through
+from study.judges import FEATURES, OWN_JUDGE, Judge, no_judge, open_judged, trained_through
 from study.rate import delta_rate
 from study.runs import Sweep, check, end_with, in_turn, train
 
@@ -126,6 +126,8 @@ def main():
     plot = draw_pareto(tables_folder / "pareto.png", sweep, figures)
     print(f"\n{text}picture (originals, then {', '.join(sweep.mixes)}; below, their middles enlarged): {picture}\n"
           f"plot: {plot}")
+    for warning in filter(None, (no_judge(name, list(figures.values())) for name in networks)):
+        print(warning)
     if len(sweep.rates) > 1:
         print(f"curves: {draw_rates(tables_folder / 'rates.png', sweep, figures, judged)}")
 

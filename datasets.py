@@ -19,7 +19,7 @@ from readers import boxing, image_folders
 from readers.image_folders import existing
 from readers.photos import photos
 from readers.splits import SPLITS, split_folders
-from readers.torchvision_sets import torchvision_set
+from readers.torchvision_sets import imagenette, torchvision_set
 
 IN_MEMORY_BYTES = 2 ** 32  # a data set that needs more, as uint8, streams from disk
 MAY_CHANGE_ON_RESUME = {"data_folder", "no_download", "num_workers"}  # where the images lie, and how they come
@@ -346,6 +346,7 @@ DATASETS = {
     "mnist": torchvision_set("MNIST", "MNIST/raw"),
     "fashion-mnist": torchvision_set("FashionMNIST", "FashionMNIST/raw"),
     "cifar10": torchvision_set("CIFAR10", "cifar-10-batches-py"),
+    "imagenette": imagenette,
     "miniimagenet": image_folders.miniimagenet,
     "boxing": _boxing,
     "folder": image_folders.image_folder,

@@ -11,7 +11,7 @@ from harness.errors import UserError
 from harness.run import holds_run
 from metrics import measure, reported
 from modules import VectorQuantizedVAE
-from study.judges import FEATURES, OWN_JUDGE, Judge, open_judged, trained_through
+from study.judges import FEATURES, OWN_JUDGE, Judge, no_judge, open_judged, trained_through
 
 PICTURES = 12
 
@@ -82,6 +82,8 @@ def main():
                "features": {judge.name: judge.network.description for judge in judges}}
     checkpoint.save_json(results_file, {"setting": setting, "models": results})
     print(table(results, setting))
+    for warning in filter(None, (no_judge(judge.name, list(results.values())) for judge in judges)):
+        print(f"\n{warning}")
     print(f"\npicture (originals, then {', '.join(results)}): {report.save_picture(folder / 'models.png', pictures)}")
 
 

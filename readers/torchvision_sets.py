@@ -1,9 +1,13 @@
 """Data sets that torchvision reads and downloads."""
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from harness.errors import UserError
+from readers.image_folders import image_folder
+
+IMAGENETTE_FOLDER, IMAGENETTE_SIZE = "imagenette2-160", (128, 128)
 
 
 def torchvision_set(class_name, mark):
@@ -18,6 +22,19 @@ def torchvision_set(class_name, mark):
         return splits, list(dataset.classes)
     open_splits.is_in = lambda root: (root / mark).exists()
     return open_splits
+
+
+def imagenette(source):
+    """Ten classes of ImageNet, JPEG files whose shorter side is 160 pixels; its split val is the test split here."""
+    from torchvision import datasets as tv
+    dataset = _open_torchvision(tv.Imagenette, source, IMAGENETTE_FOLDER, split="train", size="160px")
+    source.image_size = source.image_size or IMAGENETTE_SIZE
+    splits, classes = image_folder(replace(source, folder=str(Path(source.folder) / IMAGENETTE_FOLDER)))
+    names = {wnid: words[0] for wnid, words in zip(dataset.wnids, dataset.classes)}
+    return {"train": splits["train"], "test": splits["valid"]}, [names[wnid] for wnid in classes]
+
+
+imagenette.is_in = lambda root: (root / IMAGENETTE_FOLDER).is_dir()
 
 
 def _open_torchvision(dataset_class, source, mark, **options):

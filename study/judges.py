@@ -134,6 +134,21 @@ def trained_through(args):
     return PERCEPTUAL if args.get("perceptual_weight") else None
 
 
+def no_judge(name, found):
+    """One line where a classifier knows the originals but not half as many reconstructions of any model, else None.
+
+    Args:
+        name: of the judge. found: figures of each model.
+    """
+    if not found or f"accuracy/{name}" not in found[0]:
+        return None
+    originals, most = found[0][f"original_accuracy/{name}"], max(figures[f"accuracy/{name}"] for figures in found)
+    if most >= originals / 2:
+        return None
+    return (f"{name} is no judge here: it recognizes {originals:.0%} of the originals and at most {most:.0%} of the "
+            "reconstructions. Where you can still recognize these, leave it out.")
+
+
 class Judge:
     """Says how far reconstructions of a split lie from their originals in the features of a network.
 

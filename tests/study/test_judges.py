@@ -105,3 +105,11 @@ def test_a_judge_refuses_a_split_of_too_few_images():
     few = Batches(torch.zeros(3, 8, 8, 3, dtype=torch.uint8), torch.zeros(3), 2)
     with pytest.raises(ValueError, match="4 images or more, this one has 3"):
         judges.Judge("mean", nn.AdaptiveAvgPool2d(1), few)
+
+
+def test_a_classifier_that_knows_originals_alone_is_no_judge():
+    def found(*accuracies, original=0.97):
+        return [{"accuracy/classifier": accuracy, "original_accuracy/classifier": original} for accuracy in accuracies]
+    assert judges.no_judge("classifier", found(0.1, 0.49)) is None
+    assert "97% of the originals and at most 48%" in judges.no_judge("classifier", found(0.1, 0.48))
+    assert judges.no_judge("classifier", []) is None and judges.no_judge("effnet-lite0", found(0.1)) is None
