@@ -1,5 +1,4 @@
 """Evaluate VQ-VAEs on a split: one table with intervals, one picture, one JSON file."""
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +26,6 @@ def parse_args():
                        help=f"of {', '.join(FEATURES)}: networks that judge: the paired, kernel, Fréchet and sliced "
                        "Wasserstein distances in their features (default effnet-lite0)")
     group.add_argument("--no-features", action="store_true", help="leave these distances out")
-    parser.add_argument("--lpips", action="store_true", help="add LPIPS (torchmetrics; downloads its weights)")
     parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default %(default)s)")
     parser.add_argument("--num-workers", type=cli.whole, default=1, help="(default %(default)s)")
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
@@ -63,14 +61,13 @@ def main():
                                  args.batch_size, args.num_workers)
     split = getattr(data, args.split)
     split.shuffle = False  # of train, every image
-    lpips = {"lpips": open_lpips()} if args.lpips else {}
     judges = [Judge(name, network, split) for name, network in networks.items()]
 
     names = short_names(list(checkpoints))
     results, of_first, pictures = {}, {}, [metrics.as_8bit(split.examples(PICTURES))]
     for path, contents in checkpoints.items():
         model = VectorQuantizedVAE.rebuild(contents).to(device, memory_format=torch.channels_last)
-        values, figures = measure(model, split, judges=judges, extra=lpips)
+        values, figures = measure(model, split, judges=judges)
         of_first = of_first or values
         results[names[path]] = figures | intervals(values, of_first) | training_cost(path) | {
             "checkpoint": path, "trained_through": trained_through(contents["args"])}
@@ -106,19 +103,6 @@ def intervals(values, of_first):
         for name, value in differences.items()}
 
 
-def open_lpips():
-    """A function of images (B, C, H, W) in [0, 1] -> LPIPS (B,) (Zhang et al. 2018). UserError without weights."""
-    try:
-        from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as lpips
-        compare = partial(lpips, net_type="alex", reduction="none", normalize=True)
-        compare(*torch.zeros(2, 1, 3, 64, 64))
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError("--lpips needs the package lpips and the AlexNet weights of torchvision, which are not "
-                        f"available ({reason}): leave it out") from error
-    return torch.no_grad()(lambda x_tilde, x: compare(x_tilde.expand(-1, 3, -1, -1), x.expand(-1, 3, -1, -1)).flatten())
-
-
 def training_cost(path):
     """ms a step and peak memory that the run recorded beside its checkpoint, where it did."""
     results = Path(path).with_name("results.json")
@@ -129,7 +113,7 @@ def training_cost(path):
 def table(results, setting):
     """The Markdown table with its setting."""
     figures_of_first = next(iter(results.values()))
-    keys = [*reported(), *(["lpips"] if "lpips" in figures_of_first else [])]
+    keys = reported()
     for judge in setting["features"]:
         keys += [f"{name}/{judge}" for name in ("paired_distance", "kernel_distance", "frechet_distance",
                                                 "sliced_wasserstein", "accuracy", "original_accuracy")

@@ -137,8 +137,8 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         (mean squared distance of z_e to its code), `extra`, `loss` where a criterion is given,
         "paired_distance/<judge>" of judges that have one.
         figures: their means; color_bias, the largest of a channel by size; `codebook_usage`; bits_per_pixel, what an
-        ideal entropy coder makes of the latents, each by itself; what each judge says under "<figure>/<judge>", and
-        the first under "<figure>" too.
+        ideal entropy coder makes of the latents, each by itself; what each judge says of the split under
+        "<figure>/<judge>", and the first that says it under "<figure>" too.
         Both are of all processes together, the judges' of this one alone.
     Raises:
         UserError: outputs of the encoder or the decoder are not finite.
@@ -161,7 +161,8 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
         if criterion:
             values["loss"] = criterion(x_tilde, x)[0].expand(len(x))
         for judge, seen in zip(judges, features):
-            seen.append(judge.network(a))
+            if judge.real is not None:
+                seen.append(judge.network(a))
             values |= judge.paired(a, b)
         columns.append({name: value.cpu().double() for name, value in values.items()})
     model.train(was_training)
@@ -172,6 +173,6 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
     latents_per_pixel = latents[0].numel() / (x.shape[2] * x.shape[3])
     figures["bits_per_pixel"] = math.log2(figures["perplexity"]) * latents_per_pixel
     for judge, seen in zip(judges, features):
-        said = judge.figures(torch.cat(seen))
-        figures |= (said if judge is judges[0] else {}) | {f"{name}/{judge.name}": v for name, v in said.items()}
+        said = judge.figures(torch.cat(seen)) if seen else {}
+        figures = said | figures | {f"{name}/{judge.name}": value for name, value in said.items()}
     return values, figures

@@ -29,6 +29,11 @@ def cubic_kernel(a, b):
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
+def gaussian_kernel(a, b):
+    """1000 exp(-|a - b|^2 / (2 10^2)) of features (N, D) and (M, D): (N, M), the kernel of CMMD."""
+    return 1000 * torch.exp(-torch.cdist(a, b).square() / 200)
+
+
 @torch.no_grad()
 def kernel_distance(fake, real, kernel=cubic_kernel):
     """Squared maximum mean discrepancy of features (N, D) of reconstructions and of their originals, in the same order.

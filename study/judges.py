@@ -4,7 +4,7 @@ Figures of one network, input size and number of images compare with one another
 To add a network: write a function of a data set and its source that returns it, and give it a row in `FEATURES`.
 """
 import io
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 import torch.nn.functional as F
@@ -82,33 +82,118 @@ def _parts(x):
     return x.split(CPU_BATCH) if x.device.type == "cpu" else [x]
 
 
-class Inception(nn.Module):
-    """The Inception-v3 of the published FID, through torchmetrics and torch-fidelity, which download it.
+@contextmanager
+def _download(name, packages):
+    """Turns whatever keeps a network's weights away into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--features {name} needs pip install {packages} and a download of its weights ({reason}): "
+                        "offline, use --features effnet-lite0") from error
 
-    forward: images (B, 1 or 3, H, W) in [0, 1] -> pooled features (B, 2048).
+
+class Fidelity(nn.Module):
+    """A network of torch-fidelity, which downloads its weights.
+
+    forward: images (B, 1 or 3, H, W) in [0, 1], rounded to 8 bits -> features (B, D).
+
+    Class attributes: `extractor`, its class, name and features in torch-fidelity; `side`, to which images are resized
+    beforehand, bicubic, or None: the network resizes them.
     Raises:
         UserError: the package is missing or the weights cannot be downloaded.
     """
 
-    description = "Inception-v3 of the published FID, 2048 features, bilinear to 299x299"
+    side = None
 
     def __init__(self):
         super().__init__()
-        try:
-            from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import
-            self.network = FrechetInceptionDistance(feature=2048).inception.eval()
-        except Exception as error:
-            raise UserError("--features inception needs pip install torch-fidelity and a download of its weights "
-                            f"({error}): offline, use --features effnet-lite0") from error
+        kind, name, features = self.extractor
+        with _download(self.name, '"torch-fidelity>=0.4"'):
+            import torch_fidelity
+            self.network = getattr(torch_fidelity, kind)(name, [features]).eval()
 
     @torch.no_grad()
     def forward(self, x):
-        return self.network((x.expand(-1, 3, -1, -1) * 255).round().byte())
+        return torch.cat([self._features(part) for part in _parts(x)])
+
+    def _features(self, x):
+        x = x.expand(-1, 3, -1, -1)
+        if self.side:
+            x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
+        return self.network((x * 255).round().byte())[0]
+
+
+class Inception(Fidelity):
+    """Inception-v3 as the published FID has it (Heusel et al. 2017), resized as in TensorFlow 1, without antialias."""
+
+    name, extractor = "inception", ("FeatureExtractorInceptionV3", "inception-v3-compat", "2048")
+    description = "Inception-v3 of the published FID, 2048 features, bilinear to 299x299 without antialias"
+
+
+class DinoV2(Fidelity):
+    """DINOv2 ViT-L/14, whose Fréchet distance is FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675)."""
+
+    name, extractor, side = "dinov2", ("FeatureExtractorDinoV2", "dinov2-vit-l-14", "dinov2"), 224
+    description = "DINOv2 ViT-L/14, bicubic to 224x224; its Fréchet distance is FD-DINOv2"
+
+
+class Clip(Fidelity):
+    """CLIP ViT-L/14 at 336 pixels, whose kernel distance is CMMD (Jayasumana et al. 2024, arXiv 2401.09603)."""
+
+    name, extractor, side = "clip", ("FeatureExtractorCLIP", "clip-vit-l-14-336px", "clip"), 336
+    description = "CLIP ViT-L/14, unit length, bicubic to 336x336; its kernel distance is CMMD, unbiased"
+    kernel = staticmethod(distances.gaussian_kernel)
+
+    def forward(self, x):
+        return F.normalize(super().forward(x), dim=1)
+
+
+class Pairs(nn.Module):
+    """A published distance of an image and its reconstruction; its network says nothing of sets.
+
+    Args:
+        name: of the judge, which also chooses it: lpips-alex or lpips-vgg (LPIPS, Zhang et al. 2018, arXiv
+            1801.03924), dists (DISTS, Ding et al. 2020, arXiv 2004.07728). size: (H, W) of the images.
+    Raises:
+        UserError: the weights cannot be downloaded, or images are too small.
+    """
+
+    of_sets = False
+    titles = {"lpips-alex": "LPIPS through AlexNet", "lpips-vgg": "LPIPS through VGG-16", "dists": "DISTS"}
+
+    def __init__(self, name, size):
+        super().__init__()
+        self.description = f"{self.titles[name]}, at the images' size"
+        with _download(name, '"torchmetrics>=1.9"'):
+            if name == "dists":
+                from torchmetrics.functional.image.dists import DISTSNetwork
+                self.network, self.options = DISTSNetwork(), {}
+            else:
+                from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+                network = LearnedPerceptualImagePatchSimilarity(net_type=name.removeprefix("lpips-")).net
+                self.network, self.options = network, {"normalize": True}  # takes images in [0, 1]
+        try:
+            self.paired(*torch.zeros(2, 1, 3, *size))
+        except RuntimeError as error:
+            raise UserError(f"images of {size[0]}x{size[1]} are too small for --features {name}: leave it out"
+                            ) from error
+
+    @torch.no_grad()
+    def paired(self, x_tilde, x):
+        """The distance of images (B, 1 or 3, H, W) in [0, 1]: (B,), 0 at equality."""
+        pairs = zip(*(_parts(images.expand(-1, 3, -1, -1)) for images in (x_tilde, x)))
+        return torch.cat([self.network(a, b, **self.options).reshape(-1) for a, b in pairs])
 
 
 FEATURES = {
     "effnet-lite0": lambda data, source: EffNetLite0(),
     "inception": lambda data, source: Inception(),
+    "dinov2": lambda data, source: DinoV2(),
+    "clip": lambda data, source: Clip(),
+    "lpips-alex": lambda data, source: Pairs("lpips-alex", data.size),
+    "lpips-vgg": lambda data, source: Pairs("lpips-vgg", data.size),
+    "dists": lambda data, source: Pairs("dists", data.size),
     "classifier": open_classifier,
 }
 PERCEPTUAL = "effnet-lite0"  # the network of vqgan.py's perceptual loss: no fair judge of what was trained with it
@@ -154,7 +239,8 @@ class Judge:
 
     Args:
         name: of its figures. network: images (B, C, H, W) in [0, 1] -> features (B, D); with a `logits` it classifies,
-            with a `paired` it compares each reconstruction with its original.
+            with a `paired` it compares each reconstruction with its original, with an `of_sets` that is False it does
+            nothing else. Its `kernel` is that of the kernel distance, else the cubic one.
         loader: the split, yields x (B, C, H, W) in [-1, 1] and labels (B,).
     Raises:
         UserError: the split has too few images.
@@ -166,8 +252,10 @@ class Judge:
         if len(loader.labels) < FEWEST:
             raise UserError(f"distances need a split of {FEWEST} images or more, this one has {len(loader.labels)}: "
                             "add images, or leave distances out (evaluate.py --no-features)")
-        real, labels = zip(*((network((x + 1) / 2), label) for x, label in loader))
-        self.real, self.labels = torch.cat(real), torch.cat(labels)
+        self.real = self.labels = None
+        if getattr(network, "of_sets", True):
+            real, labels = zip(*((network((x + 1) / 2), label) for x, label in loader))
+            self.real, self.labels = torch.cat(real), torch.cat(labels)
 
     def paired(self, x_tilde, x):
         """{"paired_distance/<name>": (B,)} of reconstructions and originals (B, C, H, W) in [0, 1]; {} without one."""
@@ -181,7 +269,8 @@ class Judge:
         `frechet_distance`, `kernel_distance` and its `kernel_distance_sd`, `sliced_wasserstein`; of a classifier
         accuracy and original_accuracy, the shares of reconstructions and of originals that it gives their class.
         """
-        kernel, deviation = distances.kernel_distance(fake, self.real)
+        kernel, deviation = distances.kernel_distance(fake, self.real,
+                                                      getattr(self.network, "kernel", distances.cubic_kernel))
         figures = {"frechet_distance": distances.frechet_distance(fake, self.real), "kernel_distance": kernel,
                    "kernel_distance_sd": deviation, "sliced_wasserstein": distances.sliced_wasserstein(fake, self.real)}
         if hasattr(self.network, "logits"):

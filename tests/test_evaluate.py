@@ -1,10 +1,11 @@
 """evaluate.py and reconstruct.py through their command lines."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torchmetrics.functional.image
+import torchmetrics.image.lpip
 from conftest import call, write_images
 from PIL import Image
 
@@ -85,9 +86,25 @@ def test_what_cannot_be_evaluated_is_one_line(folder, monkeypatch):
 
     def unreachable(*args, **kwargs):
         raise OSError("no network:\ntry later")
-    monkeypatch.setattr(torchmetrics.functional.image, "learned_perceptual_image_patch_similarity", unreachable)
-    code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--lpips", "--no-features", "--device", "cpu")
-    assert code == 2 and "--lpips needs" in err and "no network: try later" in err and err.count("\n") == 1
+    monkeypatch.setattr(torchmetrics.image.lpip, "LearnedPerceptualImagePatchSimilarity", unreachable)
+    code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--features", "lpips-alex", "--device", "cpu")
+    assert code == 2 and "--features lpips-alex needs" in err and "no network: try later" in err
+    assert err.count("\n") == 1
+
+
+def test_a_judge_of_pairs_alone(folder, monkeypatch):
+    class Stub(torch.nn.Module):
+        def forward(self, x_tilde, x, normalize):
+            return (x_tilde - x).abs().mean((1, 2, 3), keepdim=True)
+    monkeypatch.setattr(torchmetrics.image.lpip, "LearnedPerceptualImagePatchSimilarity",
+                        lambda net_type: SimpleNamespace(net=Stub()))
+    code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--features", "lpips-alex", "effnet-lite0",
+                          "--output", "pairs", "--device", "cpu")
+    assert code == 0 and "LPIPS through AlexNet" in out, err
+    figures = json.loads((folder / "pairs" / "results.json").read_text())["models"]["a"]
+    low, high = figures["paired_distance/lpips-alex_interval"]
+    assert 0 < low < figures["paired_distance/lpips-alex"] < high and "frechet_distance/lpips-alex" not in figures
+    assert figures["frechet_distance"] == figures["frechet_distance/effnet-lite0"]
 
 
 def test_models_of_other_data_and_missing_ones_are_refused(folder):

@@ -1,9 +1,13 @@
 """Networks that judge, and what a judge reports of a split."""
 import builtins
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-import torchmetrics.image.fid
+import torchmetrics.functional.image.dists
+import torchmetrics.image.lpip
 from torch import nn
 
 from harness.batches import Batches
@@ -31,12 +35,99 @@ def test_a_missing_package_is_named(monkeypatch):
         judges.EffNetLite0()
 
 
-def test_inception_offline_says_what_to_use(monkeypatch):
-    def unreachable(**kwargs):
+class Extractor(nn.Module):
+    """Stands for a network of torch-fidelity: says what it was opened as and sees whole 8-bit images."""
+
+    def __init__(self, name, features):
+        super().__init__()
+        self.opened = name, *features
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8
+        self.seen = x
+        return (torch.stack([x.float().mean((1, 2, 3)), torch.ones(len(x))], 1),)
+
+
+@pytest.mark.parametrize("name, kind, opened, side", [
+    ("inception", "FeatureExtractorInceptionV3", ("inception-v3-compat", "2048"), 20),  # resizes itself
+    ("dinov2", "FeatureExtractorDinoV2", ("dinov2-vit-l-14", "dinov2"), 224),
+    ("clip", "FeatureExtractorCLIP", ("clip-vit-l-14-336px", "clip"), 336)])
+def test_published_networks_see_8_bit_images_of_their_size(monkeypatch, name, kind, opened, side):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(**{kind: Extractor}))
+    network, x = judges.FEATURES[name](None, None), torch.linspace(0, 1, 5 * 400).view(5, 1, 20, 20)
+    features = network(x)
+    assert network.network.opened == opened and network.network.seen.shape == (5, 3, side, side)
+    expected = torch.stack([255 * x.mean((1, 2, 3)), torch.ones(5)], 1)
+    if name == "clip":
+        expected = nn.functional.normalize(expected, dim=1)
+    torch.testing.assert_close(features, expected, atol=0.5, rtol=0)
+    if name == "inception":
+        assert torch.equal(network.network.seen, (255 * x).round().byte().expand(-1, 3, -1, -1))
+
+
+def test_cmmd_is_the_kernel_distance_of_clip(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(FeatureExtractorCLIP=Extractor))
+    pixels = torch.randint(256, (12, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    judge = judges.Judge("clip", judges.Clip(), Batches(pixels, torch.zeros(12, dtype=torch.int64), 5))
+    fake = nn.functional.normalize(judge.real + 1, dim=1)
+    x, y = fake.double().numpy(), judge.real.double().numpy()
+
+    def k(i, j, a, b):
+        return 1000 * np.exp(-np.square(a[i] - b[j]).sum() / 200)
+    expected = np.mean([k(i, j, x, x) + k(i, j, y, y) - 2 * k(i, j, x, y)
+                        for i in range(12) for j in range(12) if i != j])
+    assert judge.figures(fake)["kernel_distance"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["inception", "dinov2", "clip"])
+def test_a_published_network_that_cannot_be_had_says_what_to_use(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # an ImportError
+    with pytest.raises(ValueError, match=f"--features {name} needs .*torch-fidelity.*offline, use --features effnet"):
+        judges.FEATURES[name](None, None)
+
+    def unreachable(name, features):
+        raise OSError("no\nnetwork")
+    kinds = dict.fromkeys((judges.Inception.extractor[0], judges.DinoV2.extractor[0], judges.Clip.extractor[0]),
+                          unreachable)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(**kinds))
+    with pytest.raises(ValueError, match="download of its weights .no network."):
+        judges.FEATURES[name](None, None)
+
+
+class OfSize(nn.Module):
+    """Stands for LPIPS and DISTS: mean absolute difference, of images of 16 pixels or more."""
+
+    def __init__(self, net_type=None):
+        super().__init__()
+        self.net_type = net_type
+
+    def forward(self, x_tilde, x, normalize=False):
+        if x.shape[2] < 16:
+            raise RuntimeError("Output size is too small")
+        assert normalize == (self.net_type is not None)
+        return (x_tilde - x).abs().mean((1, 2, 3)).squeeze()
+
+
+@pytest.mark.parametrize("name, net_type", [("lpips-alex", "alex"), ("lpips-vgg", "vgg"), ("dists", None)])
+def test_published_distances_of_pairs(monkeypatch, name, net_type):
+    monkeypatch.setattr(torchmetrics.image.lpip, "LearnedPerceptualImagePatchSimilarity",
+                        lambda net_type: SimpleNamespace(net=OfSize(net_type)))
+    monkeypatch.setattr(torchmetrics.functional.image.dists, "DISTSNetwork", OfSize)
+    network = judges.FEATURES[name](SimpleNamespace(size=(16, 16)), None)
+    assert network.network.net_type == net_type
+    x = torch.rand(33, 1, 16, 16, generator=torch.Generator().manual_seed(0))  # of batches of 16, one image is left
+    judge = judges.Judge(name, network, Batches(torch.zeros(4, 16, 16, 1, dtype=torch.uint8), torch.zeros(4), 2))
+    torch.testing.assert_close(judge.paired(x + 0.1, x), {f"paired_distance/{name}": torch.full((33,), 0.1)})
+    assert judge.real is None
+    with pytest.raises(ValueError, match=f"images of 15x15 are too small for --features {name}"):
+        judges.FEATURES[name](SimpleNamespace(size=(15, 15)), None)
+
+    def unreachable(**options):
         raise OSError("no network")
-    monkeypatch.setattr(torchmetrics.image.fid, "FrechetInceptionDistance", unreachable)
-    with pytest.raises(ValueError, match="offline, use --features effnet-lite0"):
-        judges.Inception()
+    monkeypatch.setattr(torchmetrics.image.lpip, "LearnedPerceptualImagePatchSimilarity", unreachable)
+    monkeypatch.setattr(torchmetrics.functional.image.dists, "DISTSNetwork", unreachable)
+    with pytest.raises(ValueError, match=f"--features {name} needs .*no network"):
+        judges.FEATURES[name](SimpleNamespace(size=(16, 16)), None)
 
 
 def test_paired_distance_is_zero_at_equality_grows_with_the_error_and_is_of_each_image():
