@@ -12,10 +12,10 @@ from torch import nn
 
 from harness import distributed
 from harness.errors import UserError
-from terms import frequency, pixel, statistics, structure
+from terms import filters, frequency, pixel, statistics, structure
 from terms.images import EPS
 
-ROWS = pixel.ROWS | structure.ROWS | frequency.ROWS | statistics.ROWS
+ROWS = pixel.ROWS | structure.ROWS | frequency.ROWS | filters.ROWS | statistics.ROWS
 TERMS = {name: row.term for name, row in ROWS.items()}
 STRUCTURAL_TERMS = {name for name, row in ROWS.items() if row.structural}  # --sharpen shows them sharpened originals
 

@@ -66,7 +66,7 @@ def test_a_term_has_no_product_that_a_gpu_may_shorten(name):
     with Products() as products:
         differentiate(criterion, *images())
     # Those of SSIM ask for whole products themselves; ten bits are enough for the projections of patches.
-    assert not products.found or name in (*OF_SSIM, "patch-swd"), products.found
+    assert not products.found or name in (*OF_SSIM, "patch-swd", "gabor"), products.found
 
 
 def test_the_collector_sees_products():

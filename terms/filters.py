@@ -1,0 +1,53 @@
+"""Terms of what a bank of fixed filters answers: the form of a perceptual distance, without a network."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from terms.images import Row, check_sides, halved, luma_of, unit
+
+SIDE, WAVELENGTH, SIGMA = 7, 4., 1.8  # of the filters, in pixels
+ORIENTATIONS, SCALES, FLOOR = 4, 3, 0.05
+
+
+def gabor(x_tilde, x):
+    """Squared distance of normalised Gabor responses, mean over positions, then over scales: in [0, 2].
+
+    Sum over filters of (r / sqrt(|r|^2 + 0.05^2) - r' / sqrt(|r'|^2 + 0.05^2))^2, where r holds the responses of the
+    luma to even and odd 7-pixel Gabor filters (Daugman 1985) at 4 orientations, split into positive and negative parts,
+    as simple cells do. Three scales, each half of the last; one with a side under 8 pixels is left out. The form is
+    that of LPIPS (Zhang et al. 2018, arXiv 1801.03924), with fixed filters in place of a trained network.
+
+    Raises:
+        UserError: a side is smaller than 8 pixels.
+    """
+    check_sides("gabor", x, SIDE + 1)
+    luma_tilde, luma, total, scales = luma_of(unit(x_tilde)), luma_of(unit(x)), 0., 0
+    filters = _filters(luma)
+    while scales < SCALES and min(luma.shape[2:]) > SIDE:
+        total = total + (_normalised(luma_tilde, filters) - _normalised(luma, filters)).square().sum(1).mean()
+        luma_tilde, luma, scales = halved(luma_tilde), halved(luma), scales + 1
+    return total / scales
+
+
+def _normalised(luma, filters):
+    """(B, 2 filters, H, W) positive and negative parts of the responses, over their length at each position."""
+    # A convolution of ten bits (TF32) would do: unlike a variance, no small difference of large numbers follows.
+    responses = F.conv2d(F.pad(luma, (SIDE // 2,) * 4, mode="reflect"), filters)
+    responses = torch.cat([responses.clamp(min=0), (-responses).clamp(min=0)], 1)
+    return responses * (responses.square().sum(1, keepdim=True) + FLOOR ** 2).rsqrt()
+
+
+def _filters(like):
+    """(2 orientations, 1, SIDE, SIDE) even and odd filters of unit length and zero mean, on the device of `like`."""
+    offsets = torch.arange(SIDE, dtype=like.dtype, device=like.device) - SIDE // 2
+    angles = torch.arange(ORIENTATIONS, dtype=like.dtype, device=like.device).view(-1, 1, 1) * (math.pi / ORIENTATIONS)
+    phase = (offsets * angles.cos() + offsets.view(-1, 1) * angles.sin()) * (2 * math.pi / WAVELENGTH)
+    window = torch.exp(-(offsets.square() + offsets.view(-1, 1).square()) / (2 * SIGMA ** 2))
+    even, odd = window * phase.cos(), window * phase.sin()
+    even = even - window * (even.sum((1, 2), keepdim=True) / window.sum())
+    filters = torch.stack([even, odd], 1).flatten(0, 1)
+    return (filters / filters.square().sum((1, 2), keepdim=True).sqrt()).unsqueeze(1)
+
+
+ROWS = {"gabor": Row(gabor, structural=True)}
