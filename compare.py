@@ -5,6 +5,7 @@ import signal
 import sys
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -97,8 +98,9 @@ def main():
     device = cli.pick_device(flags_of_first.device)
     if not all((run / "results.json").exists() for run in runs.values()):
         # What is no use as data or to the judges fails here; what they learn or download is kept.
-        source = datasets.source_of(flags_of_first)
-        source.crop_scale = 1.  # as `datasets.Source.of` a run
+        flags_of_first.dataset, flags_of_first.data_folder = datasets.find(flags_of_first.dataset,
+                                                                            flags_of_first.data_folder)
+        source = replace(datasets.source_of(flags_of_first), crop_scale=1.)  # as `datasets.Source.of` a run
         open_judged(flags_of_first.dataset, source,
                     checkpoints_of(run for run in runs.values() if (run / "best.pt").exists()), args.features, device)
         torch.cuda.empty_cache()

@@ -66,14 +66,21 @@ def _crop_scale(text):
     return value
 
 
+def find(name, folder):
+    """(name, folder) of a data set where one or both are left open, None: what the folder holds, or the built-in one.
+
+    Raises:
+        FileNotFoundError, UserError: as `detect`, or the built-in data set is given a folder.
+    """
+    name = name or (detect(folder) if folder else BUILT_IN)
+    _refuse_folder(name, folder)
+    return name, folder or "data"
+
+
 def source_of(args):
-    """The `Source` that the flags of a script name; sets args.dataset and args.data_folder where they are left out."""
-    if not args.dataset:
-        args.dataset = detect(args.data_folder) if args.data_folder else BUILT_IN
-    _refuse_folder(args.dataset, args.data_folder)
+    """The `Source` that the flags of a script name."""
     if args.random_crop and not args.image_size:
         raise UserError("--random-crop needs --image-size, the size of a crop")
-    args.data_folder = args.data_folder or "data"
     return Source(args.data_folder, args.image_size, not args.no_download, args.skip_broken, args.random_crop or 1.)
 
 

@@ -7,7 +7,7 @@ import datasets
 import metrics
 from harness import checkpoint, cli, report
 from harness.errors import UserError
-from harness.run import holds_run
+from harness.folder import holds_run
 from metrics import measure, reported
 from modules import VectorQuantizedVAE
 from study.judges import FEATURES, OWN_JUDGE, Judge, no_judge, open_judged, trained_through

@@ -1,6 +1,7 @@
 """What the scripts that train a VQ-VAE share: flags, construction, validation and the last report."""
 import argparse
 import sys
+from dataclasses import replace
 
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -8,10 +9,12 @@ from torch.optim.swa_utils import AveragedModel
 import datasets
 import metrics
 from datasets import check_alike, check_counts
-from harness import checkpoint, cli, distributed, report
-from harness.compiled import graphs_fit
+from harness import checkpoint, cli, distributed
+from harness.device import adam, pick_precision
 from harness.errors import UserError
-from harness.run import Run, check_folder, run_folder
+from harness.folder import check_folder, run_folder
+from harness.report import image_rows, markdown_table, save_picture
+from harness.run import Run
 from losses import TERMS, ReconstructionLoss
 from metrics import measure, reported
 from modules import VectorQuantizedVAE
@@ -19,7 +22,7 @@ from quantizers import QUANTIZERS, settings_of
 from terms.structure import ms_ssim_weights
 
 # Name -> larger is better. "last" is the number of steps: best.pt then holds the last epoch.
-MONITORS = {"loss": False, "mse": False, "psnr": True, "ssim": True, "last": True}
+MONITORS = {"loss": False, "mse": False, "last": True}
 PICTURES = 12
 DISC_WEIGHT = 0.8  # of the adversarial loss, where there is one
 ADAM_BETAS = (0.9, 0.99)  # a second moment that forgets the steep first steps: +0.3 dB in 4 epochs of CIFAR-10
@@ -71,8 +74,6 @@ def add_arguments(parser, output_folder):
     group.add_argument("--beta", type=cli.not_negative, default=1.0, help="weight of the commitment loss")
     group.add_argument("--quantizer", choices=QUANTIZERS, default="ema", help="how latents are found and learnt: a "
                        "codebook of moving averages, by gradient descent, ... (default %(default)s)")
-    group.add_argument("--codebook", dest="quantizer", choices=("ema", "gradient"), default=argparse.SUPPRESS,
-                       help=argparse.SUPPRESS)  # its name in older commands
     group.add_argument("--codebook-decay", type=cli.share, default=0.99, help="of the averages of a learnt "
                        "codebook, as the next two no effect on others (default %(default)s)")
     group.add_argument("--no-codebook-init", action="store_true", help="start from random codes, not encoder outputs")
@@ -95,8 +96,6 @@ def add_adversarial_arguments(parser):
                        help="of the adversarial loss, on top of its adaptive weight (default %(default)s)")
     group.add_argument("--disc-start", type=cli.steps_or_share, default=0.5, metavar="N", help="steps before the "
                        "discriminator starts; below 1, a share of the training (default %(default)s)")
-    group.add_argument("--disc-cap", type=cli.positive, default=1e4, metavar="C",
-                       help="largest adaptive weight (default %(default)g)")
     group.add_argument("--disc-hidden-size", type=cli.positive_int, default=64, help="(default %(default)s)")
     group.add_argument("--disc-layers", type=cli.positive_int, default=2,
                        help="halvings by the discriminator (default %(default)s, for 32x32; the paper has 3)")
@@ -120,112 +119,120 @@ def model_args_of(args, channels):
             **{name: settings[name] for name in settings if name in settings_of(args.quantizer)}}
 
 
-def optimizer_of(model, lr):
-    """Adam for what a VQ-VAE learns by gradients, wherever it lies."""
-    return cli.adam(model.parameters(), lr, ADAM_BETAS)
+# --- construction, in the order of the scripts
+
+def settle(args, device):
+    """The flags with what they leave open: data set and its folder, precision, monitor."""
+    dataset, folder = datasets.find(args.dataset, args.data_folder)
+    return argparse.Namespace(**vars(args) | {
+        "dataset": dataset, "data_folder": folder, "precision": pick_precision(device, args.precision),
+        "monitor": args.monitor or ("mse" if args.balance else "loss")})
 
 
-class Experiment:
-    """Data, model, loss, optimizer and run, as the flags say; fails before anything is written.
+def check_flags(args):
+    """UserError where the loss or the output folder cannot work, before data is read."""
+    ReconstructionLoss(weights_of(args), args.balance, sharpen=args.sharpen)
+    check_folder(run_folder("models", args.output_folder), "vqvae", args.resume, args.overwrite, [args.frozen_codebook])
 
-    `model` is what is saved; `network`, from `start` on, is what is trained: the same, over all processes; `judged` is
-    what is measured and kept in best.pt: the same, or the moving average of its weights.
-    Call `start` before the first batch, `validate` after each epoch and `report` at the end.
-    """
 
-    def __init__(self, args):
-        self.args, self.device = args, cli.pick_device(args.device)
-        args.monitor = args.monitor or ("mse" if args.balance else "loss")
-        self.autocast = cli.autocast(self.device, args.precision)
-        weights = weights_of(args)
-        ReconstructionLoss(weights, args.balance, sharpen=args.sharpen)  # wrong weights fail before data is read,
-        check_folder(args, "vqvae", [args.frozen_codebook])  # and so does a folder in use
-        source = datasets.source_of(args)
-        last = run_folder("models", args) / "last.pt"
-        if args.resume and last.exists():
-            facts = checkpoint.load(last, "vqvae", datasets.FACTS)["data"]
-            source.carved = facts.get("carved", "") if facts["name"] == args.dataset else ""
-        with distributed.rank_0_first():
-            self.data = datasets.load(args.dataset, source, args.batch_size, self.device, args.flip, args.seed,
-                                      args.limit, args.num_workers)
-        print(self.data)
-        self.data.shard(distributed.rank(), distributed.world_size())
-        VectorQuantizedVAE.check_size(self.data.size, args.downsample)
-        if min(self.data.train.sizes()) == 1 and max(self.data.size) == args.downsample:
-            raise UserError(f"an image of {self.data.size[0]}x{self.data.size[1]} is one latent, and one alone is too "
-                            "little for batch norm: pass a --batch-size of 2 or more, or a larger --image-size")
-        shape = (self.data.channels, *self.data.size)
-        self.criterion = ReconstructionLoss(weights, args.balance, shape, args.sharpen).to(self.device)
+def load_data(args, device):
+    """The data set, this process's share of it. UserError where the model cannot train on its images."""
+    source = datasets.source_of(args)
+    last = run_folder("models", args.output_folder) / "last.pt"
+    if args.resume and last.exists():
+        facts = checkpoint.load(last, "vqvae", datasets.FACTS)["data"]
+        source = replace(source, carved=facts.get("carved", "") if facts["name"] == args.dataset else "")
+    with distributed.rank_0_first():
+        data = datasets.load(args.dataset, source, args.batch_size, device, args.flip, args.seed, args.limit,
+                             args.num_workers)
+    print(data)
+    data.shard(distributed.rank(), distributed.world_size())
+    VectorQuantizedVAE.check_size(data.size, args.downsample)
+    if min(data.train.sizes()) == 1 and max(data.size) == args.downsample:
+        raise UserError(f"an image of {data.size[0]}x{data.size[1]} is one latent, and one alone is too little for "
+                        "batch norm: pass a --batch-size of 2 or more, or a larger --image-size")
+    return data
 
-        torch.manual_seed(args.seed)
-        self.model_args = model_args_of(args, self.data.channels)
-        self.model = VectorQuantizedVAE(**self.model_args)
-        self.model_args["K"] = self.model.K
-        if self.model.codebook.extra_repr():
-            print(f"--quantizer {args.quantizer} --k {args.k}: {self.model.codebook.extra_repr()}")
-        if args.frozen_codebook:
-            frozen = checkpoint.load(args.frozen_codebook, "vqvae", datasets.FACTS)
-            check_alike({args.frozen_codebook: frozen, "this model": {"data": self.data.facts()}})
-            self.model.freeze_codes(frozen)
-        self.model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = optimizer_of(self.model, args.lr)
-        self.average = average_of(self.model, self.optimizer, args.average_weights) if args.average_weights else None
-        self.judged = self.average.module if self.average else self.model
 
-    def start(self, **more):
-        """Open the run, or go on with it; `more` names further modules and optimizers that its checkpoints hold."""
-        loss = {"weights": self.criterion.weights, "balance": self.args.balance, "sharpen": self.args.sharpen,
-                "state": self.criterion}
-        if "ms-ssim" in self.criterion.weights:
-            scales = loss["ms_ssim_scales"] = list(ms_ssim_weights(*self.data.size))
-            print(f"ms-ssim at {self.data.size[0]}x{self.data.size[1]}: {len(scales)} scales of weights "
-                  + ", ".join(f"{weight:.3f}" for weight in scales))
-        state = {"model": self.model, "optimizer": self.optimizer, **more, "model_args": self.model_args,
-                 "data": self.data.facts(), "loss": loss}
-        if self.average:
-            state["average"] = self.average
-        self.run = Run("vqvae", self.args, self.device, state, datasets.MAY_CHANGE_ON_RESUME | {"recipe"},
-                       [self.args.frozen_codebook], {"codebook": "quantizer"})
-        if self.run.resumed:
-            check_counts(self.run.resumed["path"], self.run.resumed["data"].get("images"), self.data.facts()["images"])
-        if self.args.compile:
-            self.model.compile_networks(graphs=not more and graphs_fit(self.device, self.args.accumulate))
-        self.network = distributed.wrap(self.model, self.device)
-        return self.run
+def build_model(args, data):
+    """The VQ-VAE, its encoder and codebook those of --frozen-codebook where that is given."""
+    model = VectorQuantizedVAE(**model_args_of(args, data.channels))
+    if model.codebook.extra_repr():
+        print(f"--quantizer {args.quantizer} --k {args.k}: {model.codebook.extra_repr()}")
+    if args.frozen_codebook:
+        frozen = checkpoint.load(args.frozen_codebook, "vqvae", datasets.FACTS)
+        check_alike({args.frozen_codebook: frozen, "this model": {"data": data.facts()}})
+        model.freeze_codes(frozen)
+    return model
 
-    def validate(self):
-        """Measure the validation split, the same metrics whatever is trained; keep the best epoch."""
-        run, shown = self.run, self.data.valid.examples(PICTURES)
-        values = measure(self.judged, self.data.valid, self.criterion, self.autocast)[1]
-        improved = run.improved(values | {"last": run.step}, self.args.monitor, MONITORS[self.args.monitor],
-                                model=self.judged)
-        run.log({"loss/valid/reconstruction": values["loss"], "loss/valid/quantization": values["quantization"]})
-        run.log({f"valid/{name}": value for name, value in values.items()})
-        run.log_picture("original", report.image_rows([metrics.as_8bit(shown)]))
-        run.log_picture("reconstruction", report.image_rows([self.reconstruct(shown)]))
-        run.print_epoch({name: values[name] for name in ("loss", *reported())}, improved)
 
-    def report(self):
-        """Measure the best epoch, once, on the test split: results.json, a picture and a table."""
-        run = self.run
-        self.judged.load_state_dict(checkpoint.load(run.models / "best.pt", "vqvae")["model"])
-        values = measure(self.judged, self.data.test, self.criterion)[1]
-        run.log({"loss/test/reconstruction": values["loss"], "loss/test/quantization": values["quantization"]})
-        x = self.data.test.examples(PICTURES)
-        picture = report.save_picture(run.models / "reconstructions.png", [metrics.as_8bit(x), self.reconstruct(x)])
-        results = run.finish(values, reported())
-        print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in reported()]))
-        print(f"\n{results['ms_per_step']:.4g} ms a step, {run.seconds:.4g} s of training on {self.device}")
-        print(f"picture (original above, reconstruction below): {picture}\ncurves: {run.see_curves}")
+def build_loss(args, data):
+    """The weighted sum of loss terms for the images of a data set."""
+    criterion = ReconstructionLoss(weights_of(args), args.balance, (data.channels, *data.size), args.sharpen)
+    if "ms-ssim" in criterion.weights:
+        scales = ms_ssim_weights(*data.size)
+        print(f"ms-ssim at {data.size[0]}x{data.size[1]}: {len(scales)} scales of weights "
+              + ", ".join(f"{weight:.3f}" for weight in scales))
+    return criterion
 
-    @torch.no_grad()
-    def reconstruct(self, x):
-        """Reconstructions of x (B, C, H, W) in [-1, 1] as an image file would hold them: in [0, 1], 8 bits."""
-        was_training = self.judged.training
-        x_tilde = self.judged.eval()(x)[0]
-        self.judged.train(was_training)
-        return metrics.as_8bit(x_tilde)
 
+def build_optimizer(args, model):
+    """Adam for what a VQ-VAE learns by gradients."""
+    return adam(model.parameters(), args.lr, ADAM_BETAS)
+
+
+def facts_of(args, data, model, criterion):
+    """What a checkpoint says of data, model and loss: enough to rebuild the model without flags."""
+    loss = {"weights": criterion.weights, "balance": args.balance, "sharpen": args.sharpen, "state": criterion}
+    if "ms-ssim" in criterion.weights:
+        loss["ms_ssim_scales"] = list(ms_ssim_weights(*data.size))
+    return {"model_args": model_args_of(args, data.channels) | {"K": model.K}, "data": data.facts(), "loss": loss}
+
+
+def open_run(args, device, data, state):
+    """The run of a VQ-VAE whose checkpoints hold `state`, new or resumed. UserError as `Run`, or on other images."""
+    run = Run("vqvae", args, device, state, datasets.MAY_CHANGE_ON_RESUME | {"recipe"}, [args.frozen_codebook])
+    if run.resumed:
+        check_counts(run.resumed["path"], run.resumed["data"].get("images"), data.facts()["images"])
+    return run
+
+
+# --- validation and the report
+
+def validate(run, model, data, criterion, autocast, monitor):
+    """Measure the validation split, the same metrics whatever is trained; keep the best epoch."""
+    values = measure(model, data.valid, criterion, autocast)[1]
+    improved = run.improved(values | {"last": run.step}, monitor, MONITORS[monitor], model=model)
+    x = data.valid.examples(PICTURES)
+    run.log({"loss/valid/reconstruction": values["loss"], "loss/valid/quantization": values["quantization"]})
+    run.log_picture("original", image_rows([metrics.as_8bit(x)]))
+    run.log_picture("reconstruction", image_rows([reconstruct(model, x)]))
+    run.log_validation(values, ("loss", *reported()), improved)
+
+
+def report(run, model, data, criterion):
+    """Measure the best epoch, once, on the test split: results.json, a picture and a table."""
+    model.load_state_dict(checkpoint.load(run.models / "best.pt", "vqvae")["model"])
+    values = measure(model, data.test, criterion)[1]
+    run.log({"loss/test/reconstruction": values["loss"], "loss/test/quantization": values["quantization"]})
+    x = data.test.examples(PICTURES)
+    picture = save_picture(run.models / "reconstructions.png", [metrics.as_8bit(x), reconstruct(model, x)])
+    results = run.finish(values, reported())
+    print("\n" + markdown_table(["test split", "value"], [[name, results[name]] for name in reported()]))
+    print(f"\n{results['ms_per_step']:.4g} ms a step, {run.seconds:.4g} s of training on {run.device}")
+    print(f"picture (original above, reconstruction below): {picture}\ncurves: {run.see_curves}")
+
+
+@torch.no_grad()
+def reconstruct(model, x):
+    """Reconstructions of x (B, C, H, W) in [-1, 1] as an image file would hold them: in [0, 1], 8 bits."""
+    was_training = model.training
+    x_tilde = model.eval()(x)[0]
+    model.train(was_training)
+    return metrics.as_8bit(x_tilde)
+
+
+# --- averaged weights
 
 class WeightAverage(AveragedModel):
     """Exponential moving average of a model's weights and statistics, `module`; never waits for the device.
@@ -251,7 +258,9 @@ class WeightAverage(AveragedModel):
 
 
 def average_of(model, optimizer, decay):
-    """The `WeightAverage` of a model, brought up to date after each step of its optimizer."""
+    """The `WeightAverage` of a model, brought up to date after each step of its optimizer; None without a decay."""
+    if not decay:
+        return None
     averaged = WeightAverage(model, decay)
     optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(model))
     return averaged

@@ -88,7 +88,6 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
 
     def __init__(self, input_dim, dim, K=512, downsample=4, quantizer="gradient", fine_blocks=0, **settings):
         super().__init__()
-        quantizer = settings.pop("learner", quantizer)  # its name in older checkpoints
         if quantizer not in QUANTIZERS:
             raise UserError(f"the quantizer must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
         self.input_dim, self.dim, self.downsample, self.quantizer = input_dim, dim, downsample, quantizer

@@ -3,8 +3,9 @@ import torch
 
 import metrics
 from harness import checkpoint, cli, report
+from harness.device import adam, autocast_of, pick_device, pick_precision
 from harness.errors import UserError
-from harness.run import run_folder
+from harness.folder import run_folder
 from modules import GatedPixelCNN
 from priors import first_stage
 
@@ -31,7 +32,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = cli.pick_device(args.device)
+    device = pick_device(args.device)
+    args.precision = pick_precision(device, args.precision)
     first = first_stage.FirstStage(args, device)
     classes = first.classes
     if args.label is not None and not 0 <= args.label < len(classes):
@@ -47,12 +49,12 @@ def main():
     train, valid, test = first.batches("prior", of_classes=bool(classes))
     labels = train.labels.unique() if classes else None  # Mini-ImageNet's training images lack some
     first.data = first.data | {"labels": labels.tolist() if classes else []}
-    autocast = cli.autocast(device, args.precision)
+    autocast = autocast_of(device, args.precision)
     torch.manual_seed(args.seed)
     model_args = {"input_dim": first.K, "dim": args.hidden_size_prior, "n_layers": args.num_layers,
                   "n_classes": len(classes)}
     model = GatedPixelCNN(**model_args).to(device, memory_format=torch.channels_last)
-    optimizer = cli.adam(model.parameters(), args.lr)
+    optimizer = adam(model.parameters(), args.lr)
     run, network = first.start("prior", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
     for epoch in run.epochs():
@@ -62,11 +64,10 @@ def main():
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)
-        run.log({f"valid/{name}": value for name, value in values.items()})
+        run.log_validation(values, values, improved)
         if (epoch + 1) % args.sample_every == 0:
             images = draw_images(model, first, grid_labels(labels), args)
             run.log_picture("samples", report.image_rows(images.split(COLUMNS)))
-        run.print_epoch(values, improved)
 
     # The best epoch, once, on the test split, and what it draws beside what uniform codes give.
     model.load_state_dict(checkpoint.load(run.models / "best.pt", "prior")["model"])
@@ -125,7 +126,7 @@ def sample(args, first):
         seen = torch.tensor(seen if args.label is None else [args.label], device=first.device)
         labels = seen[torch.arange(args.sample, device=first.device) % len(seen)].sort().values
     what = [] if args.label is None else [str(args.label)]
-    path = run_folder("models", args) / first_stage.name_of_sample(args, *what)
+    path = run_folder("models", args.output_folder) / first_stage.name_of_sample(args, *what)
     print(f"samples: {save_samples(path, draw_images(model, first, labels, args))}")
 
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 import metrics
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
+from harness.device import adam, autocast_of, pick_device, pick_precision, set_lr
 from harness.errors import UserError
-from harness.run import run_folder
+from harness.folder import run_folder
 from priors import first_stage
 from priors.networks import CODES, StackedVQVAE
 
@@ -44,7 +45,8 @@ def main():
     args = parse_args()
     if not args.without_codes:
         raise UserError("--without-codes 0 would leave open what the codes carry: pass a share above 0")
-    device = cli.pick_device(args.device)
+    device = pick_device(args.device)
+    args.precision = pick_precision(device, args.precision)
     first = first_stage.FirstStage(args, device)
     if args.sample:
         return sample(args, first)
@@ -63,14 +65,15 @@ def main():
     if min(train.sizes()) == 1:
         raise UserError("a batch of one image is too little for batch norm: pass a --batch-size and a --limit of 2 or "
                         "more, or add images")
-    autocast = cli.autocast(device, args.precision)
-    optimizer = cli.adam(model.parameters(), args.lr)
+    autocast = autocast_of(device, args.precision)
+    optimizer = adam(model.parameters(), args.lr)
     run, network = first.start("stacked", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
     for _ in run.epochs():
         model.train()
         for grid, _ in run.batches(train):
-            run.schedule_lr(optimizer, train)
+            lr = args.lr * run.lr_scale(train)
+            set_lr(optimizer, lr)
             absent = left_out(grid, args.without_codes)
             with autocast():
                 logits, alone, z_e, z_q, logits_codes, codes = network(grid, absent)
@@ -83,20 +86,18 @@ def main():
                       "prior": F.cross_entropy(logits_codes.float(), codes)}
             loss = losses["cross-entropy"] + args.alone_weight * losses["alone"] + args.beta * losses["commitment"] \
                 + losses["prior"]
-            run.check_finite(loss, losses)
+            run.check_finite({"loss": loss, **losses})
 
             run.backward(loss)
             run.update(optimizer)
 
             if run.log_now():
                 run.log({f"loss/train/{name}": value for name, value in losses.items()}
-                        | {"lr": optimizer.param_groups[0]["lr"]})
-                run.show(nats=losses["cross-entropy"])
+                        | {"lr": lr})
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)
-        run.log({f"valid/{name}": value for name, value in values.items()})
-        run.print_epoch(values, improved)
+        run.log_validation(values, values, improved)
 
     # The best epoch, once, on the test split.
     model.load_state_dict(checkpoint.load(run.models / "best.pt", "stacked")["model"])
@@ -160,7 +161,7 @@ def reconstruct(args, first, model, name):
     rows = [original, first.decode(grid), *draws, free]
     psnr = {"psnr_first_stage": rows[1], "psnr_one_draw": draws[0], f"psnr_mean_of_{args.draws}_draws": sum(draws)
             / len(draws)}
-    path = run_folder("models", args) / name
+    path = run_folder("models", args.output_folder) / name
     return ({name: float(metrics.psnr(image, original).mean()) for name, image in psnr.items()},
             report.save_picture(path, rows))
 
@@ -171,7 +172,7 @@ def sample(args, first):
     generator = torch.Generator().manual_seed(args.seed)
     codes = model.draw_codes(args.sample, args.temperature, args.top_k, generator)
     images = first.decode(model.draw(codes, args.temperature, args.top_k, generator))
-    path = run_folder("models", args) / first_stage.name_of_sample(args)
+    path = run_folder("models", args.output_folder) / first_stage.name_of_sample(args)
     print(f"samples: {report.save_picture(path, images.split(SHOWN))}")
     _, picture = reconstruct(args, first, model, first_stage.name_of_sample(args, "reconstructions"))
     print(f"from their codes: {picture}")

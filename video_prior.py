@@ -10,8 +10,9 @@ import datasets
 from datasets import SPLITS
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
+from harness.device import adam, autocast_of, pick_device, pick_precision
 from harness.errors import UserError
-from harness.run import run_folder
+from harness.folder import run_folder
 from priors import first_stage
 from priors.networks import VideoPrior
 
@@ -58,7 +59,8 @@ def main():
     for flag, value, most in (("--context", args.context, MOST_CONTEXT), ("--fps", args.fps, MOST_FPS)):
         if value > most:
             raise UserError(f"{flag} {value} is too many: pass at most {most}")
-    device = cli.pick_device(args.device)
+    device = pick_device(args.device)
+    args.precision = pick_precision(device, args.precision)
     first = first_stage.FirstStage(args, device, in_order=True)
     actions = getattr(datasets.DATASETS[args.dataset], "actions", [])
     if args.rollout:
@@ -68,12 +70,12 @@ def main():
     frames = first.cached("video")
     windows = {split: cut(*frames[split], args.context, split) for split in SPLITS}
     train, valid, test = first_stage.split_latents(windows, args, device)
-    autocast = cli.autocast(device, args.precision)
+    autocast = autocast_of(device, args.precision)
     torch.manual_seed(args.seed)
     model_args = {"K": first.K, "context": args.context, "n_actions": len(actions), "dim": args.hidden_size_prior,
                   "n_layers": args.num_layers}
     model = VideoPrior(**model_args).to(device, memory_format=torch.channels_last)
-    optimizer = cli.adam(model.parameters(), args.lr)
+    optimizer = adam(model.parameters(), args.lr)
     run, network = first.start("video", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
     for _ in run.epochs():
@@ -83,8 +85,7 @@ def main():
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)
-        run.log({f"valid/{name}": value for name, value in values.items()})
-        run.print_epoch(values, improved)
+        run.log_validation(values, values, improved)
 
     # The best epoch, once, on the test split.
     model.load_state_dict(checkpoint.load(run.models / "best.pt", "video")["model"])
@@ -178,7 +179,7 @@ def roll_out(args, first, actions, device):
     """Go on from frames of the test split for --rollout frames: a GIF and a film strip, real above generated."""
     chosen_actions(args.action, actions, torch.zeros(1, args.rollout, dtype=torch.int64))  # a wrong name fails early
     model, _ = first.trained("video", VideoPrior.rebuild)
-    folder, context = run_folder("models", args), model.context
+    folder, context = run_folder("models", args.output_folder), model.context
     frames, rows = first.read_or_encode(folder / "latents.pt")["test"]
     starts = starts_of_windows(rows, context + args.rollout, "test", "--rollout")
     if len(starts) < args.starts:

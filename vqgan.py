@@ -1,4 +1,5 @@
 """Train the same VQ-VAE the VQGAN way (Esser et al. 2020, arXiv 2012.09841): a discriminator judges its images."""
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -6,76 +7,106 @@ from torch import nn
 
 import experiment
 from harness import cli, distributed
+from harness.device import adam, autocast_of, one_step, pick_device, set_lr
 from harness.errors import UserError
+from quantizers import filled
 from study.distances import paired_distance
 from study.judges import FEATURES, PERCEPTUAL
 
 DISCRIMINATOR_BETAS = (0.5, 0.9)
+LARGEST_WEIGHT = 1e4  # of the adversarial loss
 EPS = 1e-4  # keeps the adaptive weight finite where the adversarial gradient vanishes
 
 
-def main():
+def parse_args():
     parser = cli.Parser(description=__doc__)
     experiment.add_arguments(parser, output_folder="vqgan")
     experiment.add_adversarial_arguments(parser)
-    args = experiment.parse_args(parser)
+    return experiment.parse_args(parser)
 
-    setup = experiment.Experiment(args)
-    optimizer, criterion, device = setup.optimizer, setup.criterion, setup.device
-    PatchDiscriminator.check_size(setup.data.size, args.disc_layers)
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    args = experiment.settle(args, device)
+    autocast = autocast_of(device, args.precision)
+    experiment.check_flags(args)
+
+    # The VQ-VAE and its loss, as in vqvae.py.
+    data = experiment.load_data(args, device)
+    PatchDiscriminator.check_size(data.size, args.disc_layers)
+    torch.manual_seed(args.seed)
+    model = experiment.build_model(args, data).to(device, memory_format=torch.channels_last)
+    criterion = experiment.build_loss(args, data).to(device)
+    optimizer = experiment.build_optimizer(args, model)
+    average = experiment.average_of(model, optimizer, args.average_weights)
+    judged = average.module if average else model  # what is measured and kept in best.pt
+
+    # The discriminator and the perceptual network.
     with torch.random.fork_rng([]):  # the VQ-VAE draws the same random numbers as in vqvae.py
-        discriminator = PatchDiscriminator(setup.data.channels, args.disc_hidden_size, args.disc_layers)
+        discriminator = PatchDiscriminator(data.channels, args.disc_hidden_size, args.disc_layers)
     discriminator = discriminator.to(device, memory_format=torch.channels_last)
-    disc_optimizer = cli.adam(discriminator.parameters(), args.disc_lr or args.lr, DISCRIMINATOR_BETAS)
+    disc_optimizer = adam(discriminator.parameters(), args.disc_lr or args.lr, DISCRIMINATOR_BETAS)
     perceptual = PerceptualLoss().to(device, memory_format=torch.channels_last) if args.perceptual_weight else None
-    run = setup.start(discriminator=discriminator, disc_optimizer=disc_optimizer)
-    model, judge, last_layer = setup.network, distributed.wrap(discriminator, device), setup.model.decoder[-2].weight
+
+    state = {"model": model, "optimizer": optimizer, "average": average, "discriminator": discriminator,
+             "disc_optimizer": disc_optimizer}
+    run = experiment.open_run(args, device, data, state | experiment.facts_of(args, data, model, criterion))
+    if args.compile:
+        model.compile_networks()
+    network, judge = distributed.wrap(model, device), distributed.wrap(discriminator, device)
+    last_layer = model.decoder[-2].weight
+
+    def step(x, apart, adversarial):
+        with autocast():
+            x_tilde, z_e, z_q = network(x)
+
+        # Reconstruction, codes towards the encoder's outputs, and those towards their codes.
+        loss_reconstruction, parts = criterion(x_tilde, x, apart)
+        loss_quantization = F.mse_loss(z_q, z_e.detach().float())
+        loss_commitment = F.mse_loss(z_e.float(), z_q.detach())
+        values = {"loss/train/reconstruction": loss_reconstruction, "loss/train/quantization": loss_quantization}
+        values |= criterion.curves(parts) if apart else {}
+        loss_seen = loss_reconstruction
+        if perceptual:
+            with autocast():
+                parts["perceptual"] = values["loss/train/perceptual"] = perceptual(x_tilde, x)
+            loss_seen = loss_reconstruction + args.perceptual_weight * parts["perceptual"]
+        loss = loss_seen + loss_quantization + args.beta * loss_commitment
+
+        # The decoder against the discriminator, weighted so that both pull at its last layer alike.
+        if adversarial:
+            loss_generator = generator_loss(discriminator, x_tilde, autocast)
+            weight = adaptive_weight(loss_seen, loss_generator, last_layer)
+            loss = loss + args.disc_weight * weight * loss_generator
+            values |= {"vqgan/lambda": weight, "loss/train/generator": loss_generator}
+        run.check_finite({"loss": loss, **parts})
+
+        run.backward(loss)
+        run.update(optimizer)
+
+        # The discriminator against the decoder.
+        if adversarial:
+            loss_discriminator, logits = discriminator_loss(judge, x, x_tilde, autocast)
+            run.check_finite({"discriminator": loss_discriminator})
+            run.backward(loss_discriminator)
+            run.update(disc_optimizer)
+            values |= {"loss/train/discriminator": loss_discriminator} | logits
+        return {tag: value.detach() for tag, value in values.items()}
+
+    step = one_step(step, device, optimizer, disc_optimizer, graph=not args.no_graph, accumulate=args.accumulate,
+                    ready=partial(filled, model))
     for _ in run.epochs():
         model.train()
-        for x, _ in run.batches(setup.data.train):
-            run.schedule_lr(optimizer, setup.data.train)
-            run.schedule_lr(disc_optimizer, setup.data.train, args.disc_lr)
-            adversarial = has_started(run, setup.data.train, args.disc_start)
-            with setup.autocast():
-                x_tilde, z_e, z_q = model(x)
-
-            # Reconstruction, codes towards the encoder's outputs, and those towards their codes.
-            loss_reconstruction, parts = criterion(x_tilde, x, apart=run.log_now())
-            loss_seen, curves = loss_reconstruction, {}
-            if perceptual:
-                with setup.autocast():
-                    parts["perceptual"] = perceptual(x_tilde, x)
-                loss_seen = loss_reconstruction + args.perceptual_weight * parts["perceptual"]
-                curves["loss/train/perceptual"] = parts["perceptual"]
-            loss_quantization = F.mse_loss(z_q, z_e.detach().float())
-            loss_commitment = F.mse_loss(z_e.float(), z_q.detach())
-            loss = loss_seen + loss_quantization + args.beta * loss_commitment
-
-            # The decoder against the discriminator, weighted so that both pull at its last layer alike.
-            if adversarial:
-                loss_generator = generator_loss(discriminator, x_tilde, setup.autocast)
-                weight = adaptive_weight(loss_seen, loss_generator, last_layer, args.disc_cap)
-                loss = loss + args.disc_weight * weight * loss_generator
-                curves |= {"vqgan/lambda": weight, "loss/train/generator": loss_generator}
-            run.check_finite(loss, parts)
-
-            run.backward(loss)
-            run.update(optimizer)
-
-            # The discriminator against the decoder.
-            if adversarial:
-                loss_discriminator, logits = discriminator_loss(judge, x, x_tilde, setup.autocast)
-                run.check_finite(loss_discriminator, {"discriminator": loss_discriminator})
-                run.backward(loss_discriminator)
-                run.update(disc_optimizer)
-                curves |= {"loss/train/discriminator": loss_discriminator} | logits
-
+        for x, _ in run.batches(data.train):
+            scale = run.lr_scale(data.train)
+            set_lr(optimizer, args.lr * scale)
+            set_lr(disc_optimizer, (args.disc_lr or args.lr) * scale)
+            values = step(x, run.log_now(), has_started(run, data.train, args.disc_start))
             if run.log_now():
-                run.log({"loss/train/reconstruction": loss_reconstruction, "loss/train/quantization": loss_quantization,
-                         "lr": optimizer.param_groups[0]["lr"]} | criterion.curves(parts) | curves)
-                run.show(loss=loss)
-        setup.validate()
-    setup.report()
+                run.log(values | {"lr": args.lr * scale})
+        experiment.validate(run, judged, data, criterion, autocast, args.monitor)
+    experiment.report(run, judged, data, criterion)
 
 
 def has_started(run, loader, start):
@@ -103,12 +134,12 @@ def discriminator_loss(discriminator, x, x_tilde, autocast):
     return loss, {"vqgan/logits_real": real.mean(), "vqgan/logits_fake": made.mean()}
 
 
-def adaptive_weight(loss_reconstruction, loss_generator, last_layer, cap):
-    """Ratio of the gradient norms of both losses at the decoder's last layer, at most `cap` (Esser et al., eq. 7)."""
+def adaptive_weight(loss_reconstruction, loss_generator, last_layer):
+    """Ratio of the gradient norms of both losses at the decoder's last layer (Esser et al., eq. 7)."""
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
                  for loss in (loss_reconstruction, loss_generator)]
     norms = [distributed.total(gradient).norm() / distributed.world_size() for gradient in gradients]
-    return (norms[0] / (norms[1] + EPS)).clamp(max=cap).detach()
+    return (norms[0] / (norms[1] + EPS)).clamp(max=LARGEST_WEIGHT).detach()
 
 
 # --- networks

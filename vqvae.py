@@ -1,41 +1,70 @@
 """Train a VQ-VAE whose reconstruction loss is a weighted mix of image-quality terms."""
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 
 import experiment
-from harness import cli
+from harness import cli, distributed
+from harness.device import autocast_of, one_step, pick_device, set_lr
+from quantizers import filled
+
+
+def parse_args():
+    parser = cli.Parser(description=__doc__)
+    experiment.add_arguments(parser, output_folder="vqvae")
+    return experiment.parse_args(parser)
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
-    experiment.add_arguments(parser, output_folder="vqvae")
-    args = experiment.parse_args(parser)
+    args = parse_args()
+    device = pick_device(args.device)
+    args = experiment.settle(args, device)
+    autocast = autocast_of(device, args.precision)
+    experiment.check_flags(args)
 
-    setup = experiment.Experiment(args)
-    run, model, optimizer, criterion = setup.start(), setup.network, setup.optimizer, setup.criterion
+    data = experiment.load_data(args, device)
+    torch.manual_seed(args.seed)
+    model = experiment.build_model(args, data).to(device, memory_format=torch.channels_last)
+    criterion = experiment.build_loss(args, data).to(device)
+    optimizer = experiment.build_optimizer(args, model)
+    average = experiment.average_of(model, optimizer, args.average_weights)
+    judged = average.module if average else model  # what is measured and kept in best.pt
+
+    state = {"model": model, "optimizer": optimizer, "average": average}
+    run = experiment.open_run(args, device, data, state | experiment.facts_of(args, data, model, criterion))
+    if args.compile:
+        model.compile_networks()
+    network = distributed.wrap(model, device)
+
+    def step(x, apart):
+        with autocast():
+            x_tilde, z_e, z_q = network(x)
+
+        # Reconstruction, codes towards the encoder's outputs, and those towards their codes.
+        loss_reconstruction, parts = criterion(x_tilde, x, apart)
+        loss_quantization = F.mse_loss(z_q, z_e.detach().float())
+        loss_commitment = F.mse_loss(z_e.float(), z_q.detach())
+        loss = loss_reconstruction + loss_quantization + args.beta * loss_commitment
+        run.check_finite({"loss": loss, **parts})
+
+        run.backward(loss)
+        run.update(optimizer)
+        return {"loss/train/reconstruction": loss_reconstruction.detach(),
+                "loss/train/quantization": loss_quantization.detach()} | (criterion.curves(parts) if apart else {})
+
+    step = one_step(step, device, optimizer, graph=not args.no_graph, accumulate=args.accumulate,
+                    ready=partial(filled, model))
     for _ in run.epochs():
         model.train()
-        for x, _ in run.batches(setup.data.train):
-            run.schedule_lr(optimizer, setup.data.train)
-            with setup.autocast():
-                x_tilde, z_e, z_q = model(x)
-
-            # Reconstruction, codes towards the encoder's outputs, and those towards their codes.
-            loss_reconstruction, parts = criterion(x_tilde, x, apart=run.log_now())
-            loss_quantization = F.mse_loss(z_q, z_e.detach().float())
-            loss_commitment = F.mse_loss(z_e.float(), z_q.detach())
-            loss = loss_reconstruction + loss_quantization + args.beta * loss_commitment
-            run.check_finite(loss, parts)
-
-            run.backward(loss)
-            run.update(optimizer)
-
+        for x, _ in run.batches(data.train):
+            lr = args.lr * run.lr_scale(data.train)
+            set_lr(optimizer, lr)
+            values = step(x, run.log_now())
             if run.log_now():
-                run.log({"loss/train/reconstruction": loss_reconstruction, "loss/train/quantization": loss_quantization,
-                         "lr": optimizer.param_groups[0]["lr"]} | criterion.curves(parts))
-                run.show(loss=loss)
-        setup.validate()
-    setup.report()
+                run.log(values | {"lr": lr})
+        experiment.validate(run, judged, data, criterion, autocast, args.monitor)
+    experiment.report(run, judged, data, criterion)
 
 
 if __name__ == "__main__":

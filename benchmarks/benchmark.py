@@ -204,7 +204,7 @@ def prior_step(device):
     """Update of the default prior on a batch of 8x8 latents: an epoch is as many of them."""
     codes, label = torch.randint(CODES, (BATCH, 8, 8), device=device), torch.randint(10, (BATCH,), device=device)
     x = next(iter(steps.photos(device)))[0].contiguous()
-    vqvae, autocast = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval(), cli.autocast(device, "auto")
+    vqvae, autocast = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval(), cli.autocast_of(device, "auto")
     plain, ours = GatedPixelCNN(CODES).to(device), GatedPixelCNN(CODES).to(device, memory_format=torch.channels_last)
     plain_optimizer = torch.optim.Adam(plain.parameters())
     our_optimizer = cli.adam(ours.parameters(), lr=1e-3)

@@ -44,13 +44,13 @@ def our_step(batches, *flags, prepare=None):
     """The step of vqvae.py with these flags, on batches (x, labels) of 3 channels; `prepare` may change the model."""
     args = flags_of(*flags)
     device = next(iter(batches))[0].device
-    autocast = cli.autocast(device, args.precision)
+    autocast = cli.autocast_of(device, args.precision)
     criterion = ReconstructionLoss(experiment.weights_of(args), sharpen=args.sharpen).to(device)
     model = VectorQuantizedVAE(**experiment.model_args_of(args, 3))
     model = model.to(device, memory_format=torch.channels_last).train()
     if prepare:
         prepare(model)
-    optimizer, images = experiment.optimizer_of(model, args.lr), _endless(batches)
+    optimizer, images = experiment.build_optimizer(args, model), _endless(batches)
     ready = functools.partial(filled, model)
 
     def losses(x):

@@ -187,6 +187,22 @@ def load_json(path, kind=dict):
     return values
 
 
+def state_of(parts):
+    """A dict of anything, with the state_dict of everything in it that has one; dicts within it likewise."""
+    if isinstance(parts, dict):
+        return {name: state_of(part) for name, part in parts.items()}
+    return parts.state_dict() if hasattr(parts, "state_dict") else parts
+
+
+def restore(parts, saved):
+    """Load what `state_of` made of a dict into everything in it that takes a state_dict."""
+    for name, part in parts.items():
+        if isinstance(part, dict):
+            restore(part, saved[name])
+        elif hasattr(part, "load_state_dict"):
+            part.load_state_dict(saved[name])
+
+
 def random_state():
     """States of the generators that training draws from, the same on every process: the CPU's and the device's."""
     return {"cpu": torch.get_rng_state()} | {name: generators.get_rng_state() for name, generators in _devices()}

@@ -69,7 +69,7 @@ def _allow_tf32(allowed):
 
 # --- precision
 
-def autocast(device, precision):
+def autocast_of(device, precision):
     """A function that makes the context of a network's forward pass.
 
     On a GPU in fp32 it lets networks use TF32. Under bf16 they have no use for it, and nothing else may use it.

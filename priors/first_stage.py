@@ -10,8 +10,10 @@ from datasets import SPLITS, Source, check_counts
 from harness import checkpoint, cli, distributed
 from harness.batches import Batches
 from harness.compiled import compile_forward, graphs_fit
+from harness.device import set_lr
 from harness.errors import UserError
-from harness.run import Run, check_folder, lock, run_folder
+from harness.folder import check_folder, lock, run_folder
+from harness.run import Run
 from modules import VectorQuantizedVAE
 
 ENCODE_BATCH = 256
@@ -85,9 +87,10 @@ class FirstStage:
 
     def cached(self, kind):
         """{split: (latents (N, h, w), labels (N,) or (N, 4))} for a run of `kind`, encoded once."""
-        check_folder(self.args, kind, [self.args.model])
+        args, folder = self.args, run_folder("models", self.args.output_folder)
+        check_folder(folder, kind, args.resume, args.overwrite, [args.model])
         with distributed.rank_0_first():
-            splits = self.read_or_encode(run_folder("models", self.args) / "latents.pt")
+            splits = self.read_or_encode(folder / "latents.pt")
         self.counts = [len(splits[split][0]) for split in SPLITS]
         return splits
 
@@ -157,7 +160,7 @@ class FirstStage:
 
     def trained(self, kind, rebuild):
         """The model in the output folder, rebuilt from its best.pt, and that file's contents."""
-        ckpt = checkpoint.load(run_folder("models", self.args) / "best.pt", kind)
+        ckpt = checkpoint.load(run_folder("models", self.args.output_folder) / "best.pt", kind)
         check_vqvae(ckpt, self.args.model)
         return rebuild(ckpt).to(self.device), ckpt
 
@@ -218,20 +221,20 @@ def train_epoch(run, network, optimizer, batches, autocast, logits_of):
     """
     network.train()
     for batch in run.batches(batches):
-        run.schedule_lr(optimizer, batches)
+        lr = run.args.lr * run.lr_scale(batches)
+        set_lr(optimizer, lr)
         with autocast():
             logits, latents = logits_of(*batch)
 
         # What it takes to code a latent.
         loss = F.cross_entropy(logits.float(), latents)
-        run.check_finite(loss, {"cross-entropy": loss})
+        run.check_finite({"loss": loss})
 
         run.backward(loss)
         run.update(optimizer)
 
         if run.log_now():
-            run.log({"loss/train/nats_per_latent": loss, "lr": optimizer.param_groups[0]["lr"]})
-            run.show(nats=loss)
+            run.log({"loss/train/nats_per_latent": loss, "lr": lr})
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def start(folder, script, *flags):
 @contextmanager
 def at_work(folder):
     """Another process holds the lock of a run's folder."""
-    code = "import sys\nfrom pathlib import Path\nfrom harness.run import lock\nheld = lock(Path(sys.argv[1]))\n" \
+    code = "import sys\nfrom pathlib import Path\nfrom harness.folder import lock\nheld = lock(Path(sys.argv[1]))\n" \
         "print('held', flush=True)\ninput()"
     with subprocess.Popen([sys.executable, "-c", code, str(Path(folder).resolve())], cwd=HERE, text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
         split = ("train", "train", "train", "train", "valid", "test")[clip]
         (path / "clips" / split / str(clip)).mkdir(parents=True)
         for number in range(10):
-            pixels = np.full((16, 16, 3), 40, np.uint8)
+            pixels = np.full((16, 16, 3), 40 + clip, np.uint8)
             pixels[2 * (clip % 4):2 * (clip % 4) + 8, number:number + 6] = 220
             Image.fromarray(pixels).save(path / "clips" / split / str(clip) / f"{number:06}.png")
     for i in range(40):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from modules import VectorQuantizedVAE, VQEmbedding
 
 FIXTURE = Path(__file__).parent / "fixtures" / "upstream_compat.pt"
-HEALTHY = {"learner": "ema", "data_init": True, "restart_below": 0.02}  # as older checkpoints say it
+HEALTHY = {"quantizer": "ema", "data_init": True, "restart_below": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_public_checkpoints_load_and_give_the_same_outputs(upstream, codebook):
 
 
 def test_a_loaded_public_codebook_is_not_initialised_again(upstream):
-    model = VectorQuantizedVAE(**upstream["vqvae_args"], learner="gradient", data_init=True)
+    model = VectorQuantizedVAE(**upstream["vqvae_args"], quantizer="gradient", data_init=True)
     model.load_state_dict(upstream["vqvae_state"])
     model.train()(upstream["x"])
     assert torch.equal(model.codebook.embedding.weight, upstream["vqvae_state"]["codebook.embedding.weight"])
@@ -58,7 +58,7 @@ def test_deeper_models_downsample_more(downsample):
 
 def test_frozen_codes_stay_while_the_decoder_learns():
     torch.manual_seed(0)
-    source, model = (VectorQuantizedVAE(3, 8, 16, learner="gradient", restart_below=0.5) for _ in range(2))
+    source, model = (VectorQuantizedVAE(3, 8, 16, quantizer="gradient", restart_below=0.5) for _ in range(2))
     source(torch.rand(4, 3, 16, 16))  # batch statistics of its own
     model.freeze_codes({"model": source.state_dict(), "model_args": {"input_dim": 3, "dim": 8, "K": 16}})
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)

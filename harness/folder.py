@@ -1,0 +1,98 @@
+"""Whose folder a run may use: what is refused, what a run goes on from, and what keeps other processes out."""
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from harness import checkpoint, distributed
+from harness.errors import UserError
+
+
+def run_folder(parent, name):
+    """Where the run of a name keeps its files under models or logs; in a SLURM job, with the job's id."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return Path(parent) / (name + (f"-{job}" if job else ""))
+
+
+def holds_run(folder):
+    """Whether a folder is a run's, even of one that has lost some of its files."""
+    return any((folder / name).exists() for name in ("args.json", "last.pt", "best.pt"))
+
+
+def check_folder(folder, kind, resume=False, overwrite=False, reads=()):
+    """UserError where a run of `kind` cannot use the folder: it is taken, or holds what the run `reads`.
+
+    Args:
+        resume, overwrite: the flags that allow a folder that holds a run. reads: paths of checkpoints; None is none.
+    """
+    another = "give another --output-folder"
+    for path in filter(None, reads):
+        if checkpoint.resolve(path).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder} holds {path}, which this run reads: {another}")
+    last, best = folder / "last.pt", folder / "best.pt"
+    if (folder / "results.json").exists() and not holds_run(folder) and not overwrite:
+        raise UserError(f"{folder} holds the results.json of something else: pass --overwrite to replace it, or "
+                        f"{another}")
+    if holds_run(folder) and not (resume or overwrite):
+        raise UserError(f"{folder} already holds a run: pass --resume to go on with it, --overwrite to replace it, or "
+                        f"{another}")
+    held = checkpoint.kind_of(last) or checkpoint.kind_of(best)
+    if held not in (None, kind):
+        raise UserError(f"{folder} holds the run of a {held}, not of a {kind}: {another}")
+    if resume and best.exists() and not last.exists():
+        raise UserError(f"{folder} holds a best.pt but no last.pt to go on from: pass --overwrite to replace the run, "
+                        f"or {another}")
+
+
+def last_checkpoint(folder, kind, flags, may_change):
+    """The checkpoint that a run with these flags goes on from; None where the folder has none.
+
+    Args:
+        flags: {name: value}. may_change: names of those that may differ from the run's; another number of processes may
+            also have another batch size.
+    Raises:
+        UserError: the checkpoint is damaged, or another flag differs.
+    """
+    path = folder / "last.pt"
+    if not path.exists():
+        print(f"nothing to resume in {folder}: starting anew")
+        return None
+    contents = checkpoint.load(path, kind, remedy="--overwrite starts anew, and best.pt goes with it")
+    with checkpoint.complete(path):
+        before = contents["args"]
+        if contents["counters"]["world"] != distributed.world_size():
+            may_change = may_change | {"batch_size"}
+    now = plain(flags)
+    differ = [f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})"
+              for name in sorted(before.keys() | now.keys())
+              if name not in may_change and before.get(name) != now.get(name)]
+    if differ:
+        raise UserError(f"{folder} was trained with {', '.join(differ)}: --resume needs the same flags")
+    return contents
+
+
+def plain(flags):
+    """Flags as a checkpoint keeps them: tuples as lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
+
+
+def lock(folder):
+    """An open file that keeps other processes out of a run's folder until this one ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 (for as long as the process lives)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder} is in use by process {file.read().strip() or 'of another machine'}: wait for it, "
+                        "stop it, or give another --output-folder") from None
+    except OSError:
+        return file  # a file system without locks
+    with suppress(OSError):  # a full disk, which is reported where something is lost
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    return file
