@@ -19,6 +19,7 @@ ROWS = pixel.ROWS | structure.ROWS | frequency.ROWS | filters.ROWS | statistics.
 TERMS = {name: row.term for name, row in ROWS.items()}
 STRUCTURAL_TERMS = {name for name, row in ROWS.items() if row.structural}  # --sharpen shows them sharpened originals
 
+
 def sharpened(x, amount):
     """Images x (B, C, H, W) after an unsharp mask: x + amount (x - x blurred by 3x3 binomial weights), within [-1, 1].
 

@@ -9,6 +9,7 @@ from skimage.color import rgb2yiq
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import losses
+from harness.errors import UserError
 from losses import TERMS, ReconstructionLoss
 from terms import structure
 
@@ -183,6 +184,15 @@ def test_wrong_range_and_shape_are_caught():
 def test_images_too_small_fail_at_construction():
     with pytest.raises(ValueError, match="ssim"):
         ReconstructionLoss({"ssim": 1.}, shape=(3, 8, 32))
+
+
+def test_a_bug_in_a_term_is_no_error_of_the_user(monkeypatch):
+    def broken(x_tilde, x):
+        raise ValueError("a bug")
+    monkeypatch.setitem(TERMS, "mse", broken)
+    with pytest.raises(ValueError, match="a bug") as caught:
+        ReconstructionLoss({"mse": 1.}, shape=(3, 8, 8))
+    assert not isinstance(caught.value, UserError)
 
 
 def test_total_and_gradient_are_those_of_the_weighted_sum():
