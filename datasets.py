@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from harness import cli, distributed
 from harness.batches import Batches
 from harness.errors import UserError
-from harness.images import ImageFiles, find_files
+from harness.images import ImageFiles, find_files, holds_image
 from readers import boxing, image_folders
 from readers.image_folders import existing
 from readers.photos import photos
 from readers.splits import SPLITS, split_folders
-from readers.torchvision_sets import imagenette, torchvision_set
+from readers.torchvision_sets import imagenette, near, torchvision_set
 
 IN_MEMORY_BYTES = 2 ** 32  # a data set that needs more, as uint8, streams from disk
 MAY_CHANGE_ON_RESUME = {"data_folder", "no_download", "num_workers"}  # where the images lie, and how they come
@@ -105,6 +105,11 @@ def detect(folder):
     """
     root = existing(folder)
     held = [name for name, open_splits in DATASETS.items() if hasattr(open_splits, "is_in") and open_splits.is_in(root)]
+    if not held and not holds_image(root):
+        for name, open_splits in DATASETS.items():
+            found = near(root, open_splits.is_in) if hasattr(open_splits, "is_in") else None
+            if found:
+                raise UserError(f"no images under {folder}, but {name} in {found}: pass --data-folder {found}")
     if not held or split_folders(root):
         held.append("folder")
     if len(held) > 1:

@@ -12,7 +12,7 @@ from datasets import check_alike, check_counts
 from harness import checkpoint, cli, distributed
 from harness.device import adam, pick_precision
 from harness.errors import UserError
-from harness.folder import check_folder, run_folder
+from harness.folder import check_data, check_folder, run_folder
 from harness.report import image_rows, markdown_table, save_picture
 from harness.run import Run
 from losses import TERMS, ReconstructionLoss
@@ -133,6 +133,7 @@ def check_flags(args):
     """UserError where the loss or the output folder cannot work, before data is read."""
     ReconstructionLoss(weights_of(args), args.balance, sharpen=args.sharpen)
     check_folder(run_folder("models", args.output_folder), "vqvae", args.resume, args.overwrite, [args.frozen_codebook])
+    check_data(args.data_folder, args.output_folder)
 
 
 def load_data(args, device):

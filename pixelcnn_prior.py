@@ -23,7 +23,8 @@ def parse_args():
     group = parser.add_argument_group("sampling")
     group.add_argument("--sample", type=cli.positive_int, metavar="N",
                        help="draw N images from the prior in the output folder, as it was trained, and train nothing")
-    group.add_argument("--label", type=int, help="class of the images (default all in turn)")
+    group.add_argument("--label", metavar="CLASS", help="name of the images' class, or its number where no class has "
+                       "that name (default all in turn)")
     first_stage.add_drawing_arguments(group)
     group.add_argument("--sample-every", type=cli.positive_int, default=5, metavar="EPOCHS",
                        help="a grid of samples for the curves (default %(default)s)")
@@ -36,14 +37,13 @@ def main():
     args.precision = pick_precision(device, args.precision)
     first = first_stage.FirstStage(args, device)
     classes = first.classes
-    if args.label is not None and not 0 <= args.label < len(classes):
-        raise UserError(f"--label {args.label} is out of range: " + (
-            f"the classes are 0...{len(classes) - 1}" if classes else "this data set has no classes"))
+    if args.label is not None:
+        args.label = first_stage.class_of(args.label, classes)
     if args.sample:
         return sample(args, first)
     if args.label is not None:
-        raise UserError(f"--label {args.label} is for samples, training takes all classes: add --sample, or leave it "
-                        "out")
+        raise UserError(f"--label {classes[args.label]} is for samples, training takes all classes: add --sample, or "
+                        "leave it out")
 
     # Data fail here, before an old run is replaced.
     train, valid, test = first.batches("prior", of_classes=bool(classes))
@@ -121,13 +121,14 @@ def sample(args, first):
     if first.classes:
         seen = ckpt["data"].get("labels", range(len(first.classes)))  # older checkpoints name none
         if args.label is not None and args.label not in seen:
-            raise UserError(f"--label {args.label} ({first.classes[args.label]}) is a class without training images: "
-                            f"this prior knows {', '.join(map(str, seen))}")
+            raise UserError(f"--label {first.classes[args.label]} is a class without training images: this prior knows "
+                            + first_stage.some([first.classes[number] for number in seen]))
         seen = torch.tensor(seen if args.label is None else [args.label], device=first.device)
         labels = seen[torch.arange(args.sample, device=first.device) % len(seen)].sort().values
     what = [] if args.label is None else [str(args.label)]
     path = run_folder("models", args.output_folder) / first_stage.name_of_sample(args, *what)
-    print(f"samples: {save_samples(path, draw_images(model, first, labels, args))}")
+    of_class = "" if args.label is None else f" of the class {first.classes[args.label]}"
+    print(f"samples{of_class}: {save_samples(path, draw_images(model, first, labels, args))}")
 
 
 if __name__ == "__main__":

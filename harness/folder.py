@@ -6,6 +6,7 @@ from pathlib import Path
 
 from harness import checkpoint, distributed
 from harness.errors import UserError
+from harness.images import RUN_FOLDERS
 
 
 def run_folder(parent, name):
@@ -42,6 +43,18 @@ def check_folder(folder, kind, resume=False, overwrite=False, reads=()):
     if resume and best.exists() and not last.exists():
         raise UserError(f"{folder} holds a best.pt but no last.pt to go on from: pass --overwrite to replace the run, "
                         f"or {another}")
+
+
+def check_data(data, name):
+    """UserError where the folder `data`, None for none, and those of the run of a name would share files.
+
+    Else the run would replace what is in it, and its own pictures would become data.
+    """
+    for parent in RUN_FOLDERS if data else ():
+        inner, own = Path(data).resolve(), run_folder(parent, name).resolve()
+        if inner.is_relative_to(own) or (own.is_relative_to(inner) and inner.is_relative_to(Path(parent).resolve())):
+            raise UserError(f"--data-folder {data} would share files with {run_folder(parent, name)}, where this run "
+                            "keeps its own pictures: move the images elsewhere, or give another --output-folder")
 
 
 def last_checkpoint(folder, kind, flags, may_change):

@@ -12,7 +12,7 @@ from harness.batches import Batches
 from harness.compiled import compile_forward, graphs_fit
 from harness.device import set_lr
 from harness.errors import UserError
-from harness.folder import check_folder, lock, run_folder
+from harness.folder import check_data, check_folder, lock, run_folder
 from harness.run import Run
 from modules import VectorQuantizedVAE
 
@@ -41,6 +41,22 @@ def name_of_sample(args, *what):
     unusual = ((args.temperature != 1, f"temperature{args.temperature:g}"), (args.top_k, f"top{args.top_k}"),
                (args.seed, f"seed{args.seed}"))
     return "-".join(["sample", *what, *(text for given, text in unusual if given)]) + ".png"
+
+
+def some(names):
+    """The first of many names, in one line."""
+    return ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+
+
+def class_of(text, classes):
+    """The number of the class that is named so, or has that number where none is. UserError where there is no such."""
+    if text in classes:
+        return classes.index(text)
+    if text.isdecimal() and len(text) < 10 and int(text) < len(classes):
+        return int(text)
+    raise UserError(f"--label {text} is no class: " + (
+        f"give a name, such as {some(classes)}, or a number from 0 to {len(classes) - 1}" if classes
+        else "this data set has no classes"))
 
 
 def check_vqvae(ckpt, path):
@@ -89,6 +105,7 @@ class FirstStage:
         """{split: (latents (N, h, w), labels (N,) or (N, 4))} for a run of `kind`, encoded once."""
         args, folder = self.args, run_folder("models", self.args.output_folder)
         check_folder(folder, kind, args.resume, args.overwrite, [args.model])
+        check_data(args.data_folder, args.output_folder)
         with distributed.rank_0_first():
             splits = self.read_or_encode(folder / "latents.pt")
         self.counts = [len(splits[split][0]) for split in SPLITS]

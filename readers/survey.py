@@ -89,14 +89,13 @@ def refuse_shared(splits, marks):
     """UserError where two of {split: paths} have a file of the same content; equal files have equal marks."""
     for one, two in combinations(splits, 2):
         ours, theirs = (np.frombuffer(marks[split], np.uint64) for split in (one, two))
-        for mark in np.intersect1d(ours, theirs):
-            if not mark:  # broken
-                continue
+        shared = np.setdiff1d(np.intersect1d(ours, theirs), [0])  # 0 is that of the broken
+        for mark in shared:
             kept = {_digest(splits[one][i]): splits[one][i] for i in np.flatnonzero(ours == mark)}
             for path in (splits[two][i] for i in np.flatnonzero(theirs == mark)):
                 if _digest(path) in kept:
                     raise UserError(f"{path} of the {two} split is the same image as {kept[_digest(path)]} of the "
-                                    f"{one} split: remove one of them")
+                                    f"{one} split (of {len(shared)} that both seem to hold): remove one of each")
 
 
 def _digest(path):

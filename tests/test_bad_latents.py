@@ -97,9 +97,9 @@ ALL = [(f"{script[0]}: {name}", spoil, (*script, *flags), culprit) for script in
 
 OWN = [
     ("prior: other classes", other_classes, (*PRIOR, "--data-folder", "data"), "has the classes ['x', 'y']"),
-    ("prior: no such class", nothing, (*PRIOR, "--label", "2"), "--label 2 is out of range"),
-    ("prior: a class to train", nothing, (*PRIOR, "--label", "1", "--overwrite"), "--label 1 is for samples"),
-    ("prior: a class of none", no_classes, (*PRIOR, "--label", "0"), "--label 0 is out of range: this data set has no"),
+    ("prior: no such class", nothing, (*PRIOR, "--label", "2"), "--label 2 is no class: give a name, such as"),
+    ("prior: a class to train", nothing, (*PRIOR, "--label", "1", "--overwrite"), "is for samples, training takes all"),
+    ("prior: a class of none", no_classes, (*PRIOR, "--label", "0"), "--label 0 is no class: this data set has no"),
     ("prior: nothing to sample from", nothing, (*PRIOR, "--sample", "1"), "no checkpoint at models/new/best.pt"),
     ("stacked: taken", nothing, (*STACKED, "--output-folder", "prior"), "models/prior already holds a run"),
     ("stacked: over a prior", nothing, (*STACKED, "--output-folder", "prior", "--overwrite"), "the run of a prior"),

@@ -160,7 +160,7 @@ def test_a_run_leaves_its_table_pictures_and_latents_and_samples(folder):
     assert code == 0 and (models / "sample-2-temperature0.9-top5.png").exists(), err
 
     for flags, message in (
-            (("--sample", "4", "--label", "3"), "0...2"), (("--k", "32"), "contradicts"),
+            (("--sample", "4", "--label", "3"), "a number from 0 to 2"), (("--k", "32"), "contradicts"),
             (("--dataset", "mnist"), "contradicts"), (("--hidden-size-vae", "16"), "contradicts"),
             (("--sample", "4", "--model", "models/other1/best.pt"), "another VQ-VAE"),
             (("--num-epochs", "9", "--resume", "--model", "models/other1/best.pt"), "another VQ-VAE"),
@@ -250,9 +250,11 @@ def test_the_two_commands_of_mini_imagenet(tmp_path):
     assert json.loads((run / "results.json").read_text())["nats_per_latent"] > 0
     assert Image.open(run / "samples.png").height == 3 * 132 + 4  # rows: ant, bee, wolf
     flags = ("--model", "models/vqvae", "--output-folder", "models/pixelcnn_prior", *SMALL, "--sample", "4", "--label")
-    assert call(tmp_path, "pixelcnn_prior.py", *flags, "5")[0] == 0
+    for label in ("5", "wolf"):
+        code, out, _ = call(tmp_path, "pixelcnn_prior.py", *flags, label)
+        assert code == 0 and "samples of the class wolf: models/pixelcnn_prior/sample-5.png" in out
     code, _, err = call(tmp_path, "pixelcnn_prior.py", *flags, "4")
-    assert code != 0 and "--label 4 (dog) is a class without training images: this prior knows 0, 2, 5" in err
+    assert code != 0 and "--label dog is a class without training images: this prior knows ant, bee, wolf" in err
 
 
 def test_a_prior_without_classes_trains_unconditionally(folder):

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import tifffile
+from conftest import call, write_images
 from PIL import Image
 from test_datasets import miniimagenet, open_folder, pictures
 
@@ -140,6 +141,32 @@ def test_what_runs_keep_does_not_join_the_data(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "left out the folders of runs or thumbnails ./logs, ./models\n"
     assert len(find_images("photos")[0]) == 6  # a folder of that name elsewhere is one like others
     assert len(find_images("models")[0]) == 3 == len(find_images("models/vqvae")[0])  # asked for by name
+
+
+SMALL = ("--hidden-size", "4", "--k", "8", "--batch-size", "8", "--device", "cpu", "--precision", "fp32")
+
+
+@pytest.mark.parametrize("data, name", [("models/own", "own"), ("models/own/images", "own"), ("link", "own"),
+                                        ("./models/../models", "own"), ("logs/own", "own"), ("models/a", "a/b")])
+def test_a_run_whose_pictures_would_join_its_data_is_refused(tmp_path, data, name):
+    pictures(tmp_path / "models/own/images", 24, (16, 16))
+    for path in ("logs/own", "models/a"):
+        pictures(tmp_path / path, 24, (16, 16))
+    (tmp_path / "link").symlink_to("models/own")
+    code, _, err = call(tmp_path, "vqvae.py", *SMALL, "--data-folder", data, "--output-folder", name)
+    assert code == 2 and f"--data-folder {data} would share files with " in err and err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_run_on_the_working_directory_goes_on_and_is_evaluated(tmp_path):
+    write_images(tmp_path, 24)
+    for more in ((), ("--resume",)):
+        flags = (*SMALL, "--data-folder", ".", "--num-epochs", 1 + len(more), *more)
+        code, out, err = call(tmp_path, "vqvae.py", *flags)
+        assert code == 0 and "images: 20 train, 2 valid, 2 test" in out, err
+        assert "left out the folders of runs or thumbnails ./logs, ./models" in out or not more
+    code, _, err = call(tmp_path, "evaluate.py", "--no-features", "--device", "cpu", "--model", "models/vqvae")
+    assert code == 0, err
 
 
 # --- lists
