@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from harness.batches import send
+from harness import checkpoint
 from harness.checkpoint import complete
 from harness.compiled import compile_forward
 from harness.device import one_step
@@ -176,6 +177,17 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
             x_tilde (B, C, H, W) in [-1, 1], the encoder's z_e (B, D, H/f, W/f), and its nearest codes z_q, alike.
         """
         return self.reconstruct(x)[:3]
+
+
+def load(path):
+    """The trained VQ-VAE of a run's folder (its best.pt) or of a checkpoint, on the CPU, in eval mode.
+
+    `load("models/mine").encode(x)` and `.decode(latents)` take and give images (B, C, H, W) in [-1, 1].
+
+    Raises:
+        FileNotFoundError: there is none. UserError: it is damaged or no VQ-VAE.
+    """
+    return VectorQuantizedVAE.rebuild(checkpoint.load(path, "vqvae"))
 
 
 class GatedMaskedConv2d(nn.Module):

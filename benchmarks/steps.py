@@ -50,7 +50,7 @@ def our_step(batches, *flags, prepare=None):
     model = model.to(device, memory_format=torch.channels_last).train()
     if prepare:
         prepare(model)
-    optimizer, images = experiment.build_optimizer(args, model), _endless(batches)
+    optimizer, images = experiment.build_optimizer(args, model), endless(batches)
     ready = functools.partial(filled, model)
 
     def losses(x):
@@ -70,7 +70,7 @@ def our_step(batches, *flags, prepare=None):
     return lambda: update(next(images))
 
 
-def _endless(batches):
+def endless(batches):
     while True:
         for x, _ in batches:
             yield x

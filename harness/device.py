@@ -57,11 +57,11 @@ def pick_device(name):
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # training has images of one size
-        _allow_tf32(False)
+        allow_tf32(False)
     return device
 
 
-def _allow_tf32(allowed):
+def allow_tf32(allowed):
     """Whether products and convolutions of float32 may be rounded to 10 bits on a GPU's tensor cores."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
@@ -76,7 +76,7 @@ def autocast_of(device, precision):
     """
     bf16 = pick_precision(device, precision) == "bf16"
     if device.type == "cuda":
-        _allow_tf32(not bf16)
+        allow_tf32(not bf16)
     # Without the cache of casts, which must not outlive the capture of a CUDA graph.
     return partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext
 

@@ -1,0 +1,305 @@
+"""All that a GPU should be asked, in one script: exactness, graphs against plain steps, speed against others.
+
+    python -m benchmarks.gpu_day                      about 5 minutes on an H100; writes gpu_day.json and gpu_day.md
+    python -m benchmarks.gpu_day --device cpu --dry-run all of it in small, without a GPU
+
+What is compared is timed alternately. A part that fails is reported and the rest goes on.
+To add a part: write a function (device, small) -> rows, each a dict of plain values, and give it a row in `PARTS`.
+"""
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from functools import partial
+
+import torch
+
+from benchmarks import gpu_steps, peers, steps
+from benchmarks.exactness import search_errors
+from functions import vq
+from harness import checkpoint, cli, report
+from harness.device import pick_device
+from kernels.nearest import blocked_nearest, nearest, triton_nearest
+from kernels.ssim import mean_ssim
+from modules import GatedPixelCNN
+
+ROUNDS, SECONDS = 5, 0.15  # of each thing that is timed: how often, and about how long each time
+TEST_SECONDS = 100
+
+
+def main():
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="use tiny sizes, to see that every part runs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                        help=f"run these alone, of {', '.join(PARTS)} (default all)")
+    parser.add_argument("--output", type=cli.path, default="gpu_day", metavar="NAME",
+                        help="write the tables to NAME.json and NAME.md (default %(default)s)")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    found = {"device": name, "torch": torch.__version__, "seconds": {}, "failed": {}}
+    text = [f"# {name}, torch {torch.__version__}"]
+    for part in args.parts:
+        start = time.perf_counter()
+        try:
+            found[part] = PARTS[part](device, args.dry_run)
+            text.append(f"## {part}\n\n{_table(found[part])}")
+        except Exception:  # the next parts may still be well
+            found["failed"][part] = traceback.format_exc()
+            text.append(f"## {part}\n\nfailed:\n\n```\n{found['failed'][part]}```")
+        found["seconds"][part] = round(time.perf_counter() - start, 1)
+        print(f"{text[-1]}\n({found['seconds'][part]} s)\n", flush=True)
+        checkpoint.write_atomic(f"{args.output}.json", json.dumps(found, indent=1).encode())
+        checkpoint.write_atomic(f"{args.output}.md", "\n\n".join(text).encode())
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _table(rows):
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    return report.markdown_table(header, [["" if row.get(key) is None else row[key] for key in header] for row in rows])
+
+
+# --- timing
+
+def timed(calls, device):
+    """{label: median milliseconds} of calls made in turn; one that fails is None."""
+    milliseconds = {}
+    for label, call in list(calls.items()):
+        try:
+            once = _milliseconds(call, 3, device)  # and warms up
+            milliseconds[label] = (max(1, round(1000 * SECONDS / max(once, 1e-3))), [])
+        except Exception as error:
+            print(f"{label} failed: {str(error).strip().splitlines()[0][:200]}", flush=True)
+    for _ in range(ROUNDS):
+        for label, (count, seen) in milliseconds.items():
+            seen.append(_milliseconds(calls[label], count, device))
+    return {label: statistics.median(milliseconds[label][1]) if label in milliseconds else None for label in calls}
+
+
+def _milliseconds(call, count, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start) / count
+
+
+def rows_of(what, calls, device, images=0, flops=None):
+    """A row a call: milliseconds, times the first call's speed, images a second and share of the chip's bf16 peak."""
+    rows, milliseconds = [], timed(calls, device)
+    first = next(iter(milliseconds.values()))
+    for label, ms in milliseconds.items():
+        row = {"what": what, "which": label, "ms": ms and round(ms, 4), "speed": ms and first and round(first / ms, 2)}
+        if images:
+            row["images/s"] = ms and round(1000 * images / ms)
+        if flops:
+            row["% of bf16 peak"] = ms and round(100 * flops * images / (ms / 1000) / steps.bf16_peak(device), 1)
+        rows.append(row)
+    return rows
+
+
+# --- right?
+
+def tests(device, small):
+    """The tests that need a GPU."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "-q", "-p", "no:cacheprovider", "tests"],
+                          capture_output=True, text=True, timeout=TEST_SECONDS)
+    print(done.stdout[-6000:], done.stderr[-1000:], flush=True)
+    return [{"tests": done.stdout.strip().splitlines()[-1]}]
+
+
+def exactness(device, small):
+    """Codes of the search that are wrong, against float64; and which of equal codes it names."""
+    rows = []
+    searches = {"vq": nearest}
+    if device.type == "cuda":
+        searches |= {precision: partial(triton_nearest, precision=precision) for precision in ("ieee", "tf32x3")}
+    for shape in ((500, 70, 16),) if small else ((131072, 512, 64), (8192, 512, 256), (16384, 16384, 64),
+                                                 (5000, 777, 300), (5000, 100, 5)):
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += [{"N x K x D": " x ".join(map(str, shape)), "inputs": str(dtype)[6:], "search": name}
+                     | search_errors(search, *shape, device, dtype) for name, search in searches.items()]
+    return rows
+
+
+def graph_against_eager(device, small):
+    """Largest relative difference of weights after 50 steps, as a graph and as they are, and of the latter repeated."""
+    rows, count = [], 6 if small else 50
+    for flags in ((), ("--recipe", "recommended"), ("--recipe", "recommended", "--quantizer", "gradient"),
+                  ("--average-weights", "0.99", "--restart-below", "0.1")):
+        weights = []
+        for more in ((), ("--no-graph",), ("--no-graph",)):
+            torch.manual_seed(0)
+            step = gpu_steps.Training(steps.noise(32, 32, device), "--hidden-size", "64", *flags, *more)
+            for _ in range(count):
+                step()
+            weights.append(step.weights())
+        rows.append({"flags": " ".join(flags) or "default", "graph - eager": _difference(weights[0], weights[1]),
+                     "eager - eager": _difference(weights[2], weights[1])})
+    return rows
+
+
+def _difference(a, b):
+    return float(max((p - q).norm() / q.norm().clamp(min=1e-12) for p, q in zip(a, b)))
+
+
+# --- fast?
+
+def search(device, small):
+    """The nearest code: the kernel in its two precisions, the blocks, and the plain way."""
+    rows = []
+    for count, codes, width in ((512, 64, 16),) if small else ((131072, 512, 64), (16384, 16384, 64), (8192, 512, 256),
+                                                               (32768, 1024, 256)):
+        x, book = torch.randn(count, width, device=device), torch.randn(codes, width, device=device)
+
+        def plain(x=x, book=book):
+            return torch.addmm(book.square().sum(1), x, book.t(), alpha=-2).argmin(1)
+        calls = {"addmm + argmin": plain, "addmm + argmin, in a graph": in_graph(plain, device),
+                 "vq": partial(vq, x, book), "vq, in a graph": in_graph(partial(vq, x, book), device)}
+        if device.type == "cuda":
+            calls |= {f"kernel, {precision}": partial(triton_nearest, x, book, precision)
+                      for precision in ("ieee", "tf32x3")}
+        calls["blocks"] = partial(blocked_nearest, x, book)
+        calls |= peers.quantizers(x, book)
+        rows += rows_of(f"{count} x {codes} x {width}", calls, device)
+    return rows
+
+
+def in_graph(call, device):
+    """The call as it runs within a training step: replayed as a CUDA graph, without the cost of its launches."""
+    if device.type != "cuda":
+        return call
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
+
+
+def ssim(device, small):
+    """Value and gradient of SSIM: the kernel and other libraries."""
+    rows = []
+    for count, side in ((2, 32),) if small else ((16, 256), (128, 32), (32, 128)):
+        b = torch.rand(count, 3, side, side, device=device)
+        a = (b + 0.1 * torch.randn_like(b)).clamp(0, 1).requires_grad_()
+        values = {"pytorch-msssim": peers.pytorch_msssim, "fussim": peers.fussim,
+                  "ours": lambda a, b: mean_ssim(a, b, 11, 1.5),
+                  "ours, root, 3 pixels": lambda a, b: mean_ssim(a, b, 3, 0.75, True)}
+        calls = {name: partial(_gradient, value, a, b) for name, value in values.items()}
+        for name in ("pytorch-msssim", "ours", "ours, root, 3 pixels"):
+            calls[f"{name}, in a graph"] = in_graph(calls[name], device)
+        rows += rows_of(f"{count} x {side} x {side}", calls, device)
+    return rows
+
+
+def _gradient(value, a, b):
+    return torch.autograd.grad(value(a, b), a)
+
+
+def training(device, small):
+    """A step of vqvae.py against the plain loop, both also compiled."""
+    rows = []
+    for side, count, flags in ((16, 4, ("--hidden-size", 16)),) if small else (
+            (32, 128, ()), (32, 1024, ()), (128, 32, ("--hidden-size", 64)), (256, 16, ("--hidden-size", 64))):
+        images, hidden = steps.noise(count, side, device), steps.flags_of(*flags).hidden_size
+        x = images[0][0].contiguous()
+        plain, plain_compiled = (gpu_steps.plain_step(lambda x=x: x, device, hidden, compile=compile)
+                                 for compile in (False, True))
+        calls = {"plain loop, TF32": plain, "plain loop, compiled": plain_compiled,
+                 "vqvae.py --no-graph": gpu_steps.Training(images, *flags, "--no-graph"),
+                 "vqvae.py": gpu_steps.Training(images, *flags),
+                 "vqvae.py --compile": gpu_steps.Training(images, *flags, "--compile"),
+                 "recommended": gpu_steps.Training(images, *flags, *steps.RECOMMENDED),
+                 "recommended --compile": gpu_steps.Training(images, *flags, *steps.RECOMMENDED, "--compile")}
+        rows += rows_of(f"{count} of {side}x{side}, hidden {hidden}", calls, device, count,
+                        gpu_steps.flops_of(side, device, *flags))
+    return rows
+
+
+def others(device, small):
+    """A step of vqgan.py and of the prior, and sampling of 64 grids of 8x8."""
+    count, hidden = (4, 16) if small else (128, 128)
+    images, rows = steps.noise(count, 32, device), []
+    rows += rows_of("vqgan.py step", {
+        label: gpu_steps.Adversarial(images, "--hidden-size", hidden, *flags)
+        for label, flags in (("--no-graph", ("--no-graph",)), ("graph", ()))}, device, count)
+    rows += rows_of("prior step, 8x8", {label: gpu_steps.prior_step(device, count, graph=graph, small=small)
+                                        for label, graph in (("--no-graph", False), ("graph", True))}, device, count)
+    prior = GatedPixelCNN(512, 16 if small else 64, 3 if small else 15, 10).to(device).eval()
+    label = torch.zeros(4 if small else 64, dtype=torch.int64, device=device)
+    shape = (3, 3) if small else (8, 8)
+    with torch.no_grad():
+        rows += rows_of("64 grids of 8x8", {
+            "a full forward a position": partial(gpu_steps.sample_plainly, prior, label, shape),
+            "generate": partial(prior.generate, label, shape, len(label))}, device, len(label))
+    return rows
+
+
+def memory(device, small):
+    """Peak memory of a step, in MB."""
+    if device.type != "cuda":
+        return [{"what": "no GPU"}]
+    rows = []
+    for side, count, flags in ((32, 128, ()), (128, 32, ("--hidden-size", 64))):
+        for more in (("--no-graph",), (), ("--compile",)):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            step = gpu_steps.Training(steps.noise(count, side, device), *flags, *more)
+            for _ in range(6):
+                step()
+            rows.append({"what": f"{count} of {side}x{side} {' '.join(more)}",
+                         "MB": round((torch.cuda.max_memory_allocated(device) - before) / 2 ** 20)})
+    return rows
+
+
+def profile(device, small):
+    """The kernels that take most of a default step, as it runs."""
+    rows = []
+    for flags in ((), steps.RECOMMENDED):
+        step = gpu_steps.Training(steps.noise(4 if small else 128, 32, device), *flags)
+        for _ in range(8):
+            step()
+        with torch.profiler.profile() as seen:
+            for _ in range(5):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        events = [event for event in seen.key_averages() if getattr(event, key) > 0 and (
+            device.type != "cuda" or event.device_type == torch.autograd.DeviceType.CUDA)]
+        total = sum(getattr(event, key) for event in events)
+        rows.append({"flags": " ".join(flags) or "default", "kernel": "all", "us a step": round(total / 5, 1),
+                     "calls": sum(event.count for event in events) // 5, "%": 100})
+        for event in sorted(events, key=lambda event: -getattr(event, key))[:12]:
+            rows.append({"flags": " ".join(flags) or "default", "kernel": event.key[:80],
+                         "us a step": round(getattr(event, key) / 5, 1), "calls": event.count // 5,
+                         "%": round(100 * getattr(event, key) / total, 1)})
+    return rows
+
+
+PARTS = {
+    "tests": tests,
+    "exactness": exactness,
+    "graph_against_eager": graph_against_eager,
+    "search": search,
+    "ssim": ssim,
+    "training": training,
+    "others": others,
+    "memory": memory,
+    "profile": profile,
+}
+
+if __name__ == "__main__":
+    cli.run(main, many=False)
