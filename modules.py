@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.batches import send
 from harness import checkpoint
+from harness.batches import send
 from harness.checkpoint import complete
 from harness.compiled import compile_forward
 from harness.device import one_step

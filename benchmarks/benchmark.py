@@ -90,7 +90,7 @@ def _differentiate(term, x_tilde, x):
 def loss_terms(device):
     """Value and gradient of each term, beside a whole step of the default model."""
     pair = _pair(BATCH, SIDE, device)
-    return {"vqvae.py step": steps.our_step(steps.photos(device))} | {
+    return {"vqvae.py step": steps.Training(steps.photos(device))} | {
         name: _differentiate(term, *pair) for name, term in TERMS.items()}
 
 

@@ -137,7 +137,7 @@ def graph_against_eager(device, small):
         weights = []
         for more in ((), ("--no-graph",), ("--no-graph",)):
             torch.manual_seed(0)
-            step = gpu_steps.Training(steps.noise(32, 32, device), "--hidden-size", "64", *flags, *more)
+            step = steps.Training(steps.noise(32, 32, device), "--hidden-size", "64", *flags, *more)
             for _ in range(count):
                 step()
             weights.append(step.weights())
@@ -217,11 +217,11 @@ def training(device, small):
         plain, plain_compiled = (gpu_steps.plain_step(lambda x=x: x, device, hidden, compile=compile)
                                  for compile in (False, True))
         calls = {"plain loop, TF32": plain, "plain loop, compiled": plain_compiled,
-                 "vqvae.py --no-graph": gpu_steps.Training(images, *flags, "--no-graph"),
-                 "vqvae.py": gpu_steps.Training(images, *flags),
-                 "vqvae.py --compile": gpu_steps.Training(images, *flags, "--compile"),
-                 "recommended": gpu_steps.Training(images, *flags, *steps.RECOMMENDED),
-                 "recommended --compile": gpu_steps.Training(images, *flags, *steps.RECOMMENDED, "--compile")}
+                 "vqvae.py --no-graph": steps.Training(images, *flags, "--no-graph"),
+                 "vqvae.py": steps.Training(images, *flags),
+                 "vqvae.py --compile": steps.Training(images, *flags, "--compile"),
+                 "recommended": steps.Training(images, *flags, *steps.RECOMMENDED),
+                 "recommended --compile": steps.Training(images, *flags, *steps.RECOMMENDED, "--compile")}
         rows += rows_of(f"{count} of {side}x{side}, hidden {hidden}", calls, device, count,
                         gpu_steps.flops_of(side, device, *flags))
     return rows
@@ -256,7 +256,7 @@ def memory(device, small):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            step = gpu_steps.Training(steps.noise(count, side, device), *flags, *more)
+            step = steps.Training(steps.noise(count, side, device), *flags, *more)
             for _ in range(6):
                 step()
             rows.append({"what": f"{count} of {side}x{side} {' '.join(more)}",
@@ -268,7 +268,7 @@ def profile(device, small):
     """The kernels that take most of a default step, as it runs."""
     rows = []
     for flags in ((), steps.RECOMMENDED):
-        step = gpu_steps.Training(steps.noise(4 if small else 128, 32, device), *flags)
+        step = steps.Training(steps.noise(4 if small else 128, 32, device), *flags)
         for _ in range(8):
             step()
         with torch.profiler.profile() as seen:

@@ -7,50 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import experiment
 import vqgan
-from benchmarks.steps import CODES, HIDDEN, endless, flags_of, noise
-from harness.device import adam, allow_tf32, autocast, compiled, one_step
-from losses import ReconstructionLoss
+from benchmarks.steps import CODES, HIDDEN, Training, flags_of, noise
+from harness.device import adam, allow_tf32, autocast_of, one_step
 from modules import GatedPixelCNN, VectorQuantizedVAE
 from quantizers import filled
-
-
-class Training:
-    """The step of vqvae.py with these flags, on batches (x, labels) of 3 channels; a call makes one."""
-
-    def __init__(self, batches, *flags):
-        args = flags_of(*flags)
-        device = next(iter(batches))[0].device
-        half = autocast(device, args.precision)
-        self.criterion = criterion = ReconstructionLoss(experiment.weights_of(args), sharpen=args.sharpen).to(device)
-        model = VectorQuantizedVAE(**experiment.model_args_of(args, 3))
-        self.model = model = model.to(device, memory_format=torch.channels_last).train()
-        optimizer = experiment.optimizer_of(model, args.lr)
-        averaged = experiment.average_of(model, optimizer, args.average_weights) if args.average_weights else None
-        self.averaged, self.images = averaged, endless(batches)
-
-        def losses(x):
-            with half():
-                x_tilde, z_e, z_q = model(x)
-            return (criterion(x_tilde, x)[0] + F.mse_loss(z_q, z_e.detach().float())
-                    + args.beta * F.mse_loss(z_e.float(), z_q.detach()))
-        losses = compiled(losses, functools.partial(filled, model)) if args.compile else losses
-
-        def step(x):
-            loss = losses(x)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return {"loss": loss.detach()}
-        self.step = one_step(step, device, optimizer, graph=not args.no_graph, ready=functools.partial(filled, model))
-        criterion.check(next(self.images))
-
-    def __call__(self):
-        return self.step(next(self.images))
-
-    def weights(self):
-        """Copies of all that has learned."""
-        state = [*self.model.state_dict().values()] + [*(self.averaged.state_dict().values() if self.averaged else ())]
-        return [value.detach().float().clone() for value in state]
 
 
 def plain_step(images, device, hidden=HIDDEN, downsample=4, compile=False):
@@ -84,7 +44,7 @@ class Adversarial(Training):
         super().__init__(batches, *flags)
         args, model, criterion = flags_of(*flags), self.model, self.criterion
         device = next(self.images).device
-        half, optimizer = autocast(device, args.precision), experiment.optimizer_of(model, args.lr)
+        half, optimizer = autocast_of(device, args.precision), experiment.build_optimizer(args, model)
         discriminator = vqgan.PatchDiscriminator(3).to(device, memory_format=torch.channels_last)
         disc_optimizer = adam(discriminator.parameters(), args.lr, vqgan.DISCRIMINATOR_BETAS)
         last_layer = model.decoder[-2].weight
@@ -94,7 +54,7 @@ class Adversarial(Training):
                 x_tilde, z_e, z_q = model(x)
             reconstruction = criterion(x_tilde, x)[0]
             generator = vqgan.generator_loss(discriminator, x_tilde, half)
-            weight = vqgan.adaptive_weight(reconstruction, generator, last_layer, 1e4)
+            weight = vqgan.adaptive_weight(reconstruction, generator, last_layer)
             loss = (reconstruction + F.mse_loss(z_q, z_e.detach().float())
                     + args.beta * F.mse_loss(z_e.float(), z_q.detach()) + 0.1 * weight * generator)
             loss.backward()
@@ -113,7 +73,7 @@ def prior_step(device, count, graph=True, small=False):
     """A step of pixelcnn_prior.py at its defaults on latents 8x8."""
     width, layers = (16, 3) if small else (64, 15)
     model = GatedPixelCNN(512, width, layers, 10).to(device, memory_format=torch.channels_last)
-    half, optimizer = autocast(device, "auto"), adam(model.parameters(), 3e-4)
+    half, optimizer = autocast_of(device, "auto"), adam(model.parameters(), 3e-4)
     latents = torch.randint(512, (count, 8, 8), device=device)
     label = torch.randint(10, (count,), device=device)
 

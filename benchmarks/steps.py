@@ -17,7 +17,7 @@ import experiment
 from datasets import Source, load
 from harness import cli
 from harness.batches import Batches
-from harness.device import compiled, one_step
+from harness.device import autocast_of, compiled, one_step
 from losses import ReconstructionLoss
 from modules import Upsampling, VectorQuantizedVAE
 from quantizers import filled
@@ -40,34 +40,48 @@ DEFAULTS = flags_of()
 HIDDEN, CODES, BATCH = DEFAULTS.hidden_size, DEFAULTS.k, DEFAULTS.batch_size
 
 
-def our_step(batches, *flags, prepare=None):
-    """The step of vqvae.py with these flags, on batches (x, labels) of 3 channels; `prepare` may change the model."""
-    args = flags_of(*flags)
-    device = next(iter(batches))[0].device
-    autocast = cli.autocast_of(device, args.precision)
-    criterion = ReconstructionLoss(experiment.weights_of(args), sharpen=args.sharpen).to(device)
-    model = VectorQuantizedVAE(**experiment.model_args_of(args, 3))
-    model = model.to(device, memory_format=torch.channels_last).train()
-    if prepare:
-        prepare(model)
-    optimizer, images = experiment.build_optimizer(args, model), endless(batches)
-    ready = functools.partial(filled, model)
+class Training:
+    """The step of vqvae.py with these flags, on batches (x, labels) of 3 channels; a call makes one.
 
-    def losses(x):
-        with autocast():
-            x_tilde, z_e, z_q = model(x)
-        return (criterion(x_tilde, x)[0] + F.mse_loss(z_q, z_e.detach().float())
-                + args.beta * F.mse_loss(z_e.float(), z_q.detach()))
-    losses = compiled(losses, ready) if args.compile else losses
+    `prepare` may change the model first.
+    """
 
-    def update(x):
-        loss = losses(x)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return {"loss": loss.detach()}
-    update = one_step(update, device, optimizer, graph=not args.no_graph, accumulate=args.accumulate, ready=ready)
-    return lambda: update(next(images))
+    def __init__(self, batches, *flags, prepare=None):
+        args = flags_of(*flags)
+        device = next(iter(batches))[0].device
+        half = autocast_of(device, args.precision)
+        self.criterion = criterion = ReconstructionLoss(experiment.weights_of(args), sharpen=args.sharpen).to(device)
+        model = VectorQuantizedVAE(**experiment.model_args_of(args, 3))
+        self.model = model = model.to(device, memory_format=torch.channels_last).train()
+        if prepare:
+            prepare(model)
+        optimizer = experiment.build_optimizer(args, model)
+        self.averaged = experiment.average_of(model, optimizer, args.average_weights)
+        self.images, ready = endless(batches), functools.partial(filled, model)
+
+        def losses(x):
+            with half():
+                x_tilde, z_e, z_q = model(x)
+            return (criterion(x_tilde, x)[0] + F.mse_loss(z_q, z_e.detach().float())
+                    + args.beta * F.mse_loss(z_e.float(), z_q.detach()))
+        losses = compiled(losses, ready) if args.compile else losses
+
+        def step(x):
+            loss = losses(x)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return {"loss": loss.detach()}
+        self.step = one_step(step, device, optimizer, graph=not args.no_graph, ready=ready)
+        criterion.check(next(self.images))
+
+    def __call__(self):
+        return self.step(next(self.images))
+
+    def weights(self):
+        """Copies of all that has learned."""
+        state = [*self.model.state_dict().values()] + [*(self.averaged.state_dict().values() if self.averaged else ())]
+        return [value.detach().float().clone() for value in state]
 
 
 def endless(batches):
@@ -120,20 +134,20 @@ def training_step(device):
     def decoded():
         return torch.stack([transform(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]).to(device)
     return {"plain float32 loop, PIL decoding": plain_step(decoded, device),
-            "vqvae.py": our_step(batches),
-            "vqvae.py --ssim-weight 0.5": our_step(batches, "--ssim-weight", 0.5),
-            "vqvae.py --recipe recommended": our_step(batches, *RECOMMENDED)}
+            "vqvae.py": Training(batches),
+            "vqvae.py --ssim-weight 0.5": Training(batches, "--ssim-weight", 0.5),
+            "vqvae.py --recipe recommended": Training(batches, *RECOMMENDED)}
 
 
 def compiled_step(device):
     """The same with --compile, which needs a C++ compiler."""
     batches = photos(device)
-    return {"vqvae.py": our_step(batches), "vqvae.py --compile": our_step(batches, "--compile")}
+    return {"vqvae.py": Training(batches), "vqvae.py --compile": Training(batches, "--compile")}
 
 
 def training_step_64(device):
     """A step at hidden size 64, beside one that returns memory to the system and adds biases within convolutions."""
-    before, now = our_step(photos(device), "--hidden-size", 64, prepare=_bias_within), our_step(
+    before, now = Training(photos(device), "--hidden-size", 64, prepare=_bias_within), Training(
         photos(device), "--hidden-size", 64)
 
     def returning_memory():
@@ -167,7 +181,7 @@ def throughput(side, count, *flags):
         args = flags_of(*flags)
         plain = plain_step(lambda: batches[0][0].contiguous(), device, args.hidden_size, args.downsample)
         steps = {"plain float32 loop": (plain, _flops(side, device, *flags))} | {
-            f"vqvae.py {' '.join([*flags, *more])}".strip(): (our_step(batches, *flags, *more),
+            f"vqvae.py {' '.join([*flags, *more])}".strip(): (Training(batches, *flags, *more),
                                                              _flops(side, device, *flags, *recipe))
             for more, recipe in (((), ()), (("--compile",), ()), (RECOMMENDED, RECOMMENDED))}
         return {label: (_times(step, count, flops * count), 1 / STEPS_A_CALL)
@@ -180,7 +194,7 @@ def throughput(side, count, *flags):
 def _flops(side, device, *flags):
     """Operations of a step of vqvae.py with these flags, for an image."""
     images = noise(2, side, device)
-    step = our_step(images, *flags)
+    step = Training(images, *flags)
     with FlopCounterMode(display=False) as counted:
         step()
     return counted.get_total_flops() / len(images[0][0])
@@ -203,5 +217,5 @@ def bf16_peak(device):
 
 def growth_sides(device):
     """A step of training at the same number of pixels a batch, per pixel."""
-    return {f"{count} images of {side}x{side}": our_step(noise(count, side, device), *RECOMMENDED)
+    return {f"{count} images of {side}x{side}": Training(noise(count, side, device), *RECOMMENDED)
             for side in (32, 64, 128, 256) for count in [BATCH * SIDE ** 2 // side ** 2]}

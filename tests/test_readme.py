@@ -22,7 +22,8 @@ SHORTER = {
     "stacked_vqvae.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1", "--codes", "2"],
     "video_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1"],
     "study/class_agreement.py": ["--samples", "2"],
-    "benchmarks/benchmark.py": ["--repeats", "1", "--device", "cpu", "prior-step"]}
+    "benchmarks/benchmark.py": ["--repeats", "1", "--device", "cpu", "prior-step"],
+    "benchmarks/gpu_day.py": ["--device", "cpu", "--dry-run", "--parts", "search"]}
 ELSEWHERE = ("make", "tensorboard", "python3", "pip", "study/study.sh", "#SBATCH", "#!/bin/bash")
 DRAWN = {"--sample": ["--sample", "2"], "--rollout": ["--rollout", "2"]}  # with a trained model
 

@@ -81,7 +81,7 @@ def test_our_step_is_that_of_the_flags():
     model = VectorQuantizedVAE(**experiment.model_args_of(args, 3))
     assert experiment.optimizer_of(model, args.lr).defaults["betas"] == experiment.ADAM_BETAS
     models = []
-    step = steps.our_step(steps.noise(4, 16, "cpu"), "--hidden-size", 8, "--k", 16, prepare=models.append)
+    step = steps.Training(steps.noise(4, 16, "cpu"), "--hidden-size", 8, "--k", 16, prepare=models.append)
     before = {name: value.clone() for name, value in models[0].state_dict().items()}
     step()
     changed = {name for name, value in models[0].state_dict().items() if not torch.equal(value, before[name])}
