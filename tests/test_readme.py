@@ -1,9 +1,10 @@
-"""Every command of the README runs, on small data and for a moment; what it says of recipes and terms is so."""
+"""Every command of the README and of docs/ runs, on small data and for a moment; what they say is so."""
 import re
 import shlex
 from concurrent.futures import Executor, Future
 
 import pytest
+import torch
 from conftest import HERE, call, write_images
 from PIL import Image
 
@@ -14,6 +15,8 @@ from quantizers import QUANTIZERS
 from study import mixes
 
 README, RESULTS = ((HERE / name).read_text() for name in ("README.md", "RESULTS.md"))
+PAGES = {path.name: path.read_text() for path in [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+         if path.name != "lab-notes.md"}  # which has commands of the past
 TRAIN = ["--batch-size", "8", "--num-epochs", "1", "--device", "cpu", "--limit", "16"]
 VQVAE = [*TRAIN, "--hidden-size", "4", "--k", "8"]
 SHORTER = {
@@ -22,15 +25,21 @@ SHORTER = {
     "stacked_vqvae.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1", "--codes", "2"],
     "video_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1"],
     "study/class_agreement.py": ["--samples", "2"],
+    "benchmarks/gpu_day.py": ["--device", "cpu", "--dry-run", "--parts", "search"],
     "benchmarks/benchmark.py": ["--repeats", "1", "--device", "cpu", "prior-step"],
     "benchmarks/gpu_day.py": ["--device", "cpu", "--dry-run", "--parts", "search"]}
 ELSEWHERE = ("make", "tensorboard", "python3", "pip", "study/study.sh", "#SBATCH", "#!/bin/bash")
 DRAWN = {"--sample": ["--sample", "2"], "--rollout": ["--rollout", "2"]}  # with a trained model
 
 
-def blocks():
-    """Lines of commands of each code block, comments off and continued lines joined."""
-    for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S):
+def code(page, language=""):
+    """The code blocks of a page in a language."""
+    return [block for name, block in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.M | re.S) if name == language]
+
+
+def blocks(page):
+    """Lines of commands of each code block of a page, comments off and continued lines joined."""
+    for block in code(page):
         lines = block.replace("\\\n", " ").splitlines()
         commands = [line for line in lines
                     if re.match(r"python|torchrun|make|tensorboard|study/|srun|#SBATCH|pip", line)]
@@ -74,10 +83,10 @@ def train_here(run, command, threads):
     assert code == 0, err
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the README's reader is: ten classes, or clips, of images."""
-    folder = tmp_path_factory.mktemp("reader")
+@pytest.fixture
+def folder(tmp_path):
+    """Where the reader of a page is: ten classes, or clips, of images."""
+    folder = tmp_path
     write_images(folder, 100, side=32)
     for path in sorted((folder / "images").iterdir()):
         clip = folder / "images" / str(int(path.stem) // 10)  # or class
@@ -88,13 +97,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_every_command_runs(folder, monkeypatch):
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if any(blocks(page))])
+def test_every_command_runs(folder, monkeypatch, name):
     monkeypatch.setattr(compare, "ThreadPoolExecutor", Immediate)
     monkeypatch.setattr(compare, "train", train_here)
     monkeypatch.setattr(mixes, "PRESETS", {name: lambda preset=preset: preset()[:1]
                                            for name, preset in mixes.PRESETS.items()})
     ran = set()
-    for number, commands in enumerate(blocks()):
+    for number, commands in enumerate(blocks(PAGES[name])):
         for words in commands:
             if words[0] in ELSEWHERE:
                 continue
@@ -104,7 +114,9 @@ def test_every_command_runs(folder, monkeypatch):
             code, out, err = call(folder, script, *flags)
             assert code == 0 and out, f"{' '.join(words)}\n{script} {' '.join(flags)}\n{err}"
             ran.add(" ".join(words))
-    assert len(ran) > 15
+    monkeypatch.chdir(folder)
+    for block in code(PAGES[name], "python"):
+        exec(block, {"images": torch.zeros(2, 3, 32, 32)})
 
 
 def test_make_train_runs(folder):
@@ -121,16 +133,20 @@ def test_make_knows_every_target_that_is_named():
 
 def test_tables_name_every_recipe_term_and_quantizer():
     for name, flags in experiment.RECIPES.items():
-        assert f"| `{name}` | `{flags}` |" in README
-    rows = set(re.findall(r"^\| `([a-z0-9-]+)`", README, re.M))
+        assert re.search(rf"^\| `{name}` \| .* \| `{re.escape(flags)}` \|$", README, re.M), name
+    rows = {name for row in re.findall(r"^\| (`.*?) \|", "".join(PAGES.values()), re.M)
+            for name in re.findall(r"`([a-z0-9-]+)`", row)}
     assert set(TERMS) <= rows and set(QUANTIZERS) <= rows
     others = ", ".join(f"`{name}`" for name in TERMS if name not in STRUCTURAL_TERMS)
-    assert f"(all but {others})" in README.replace("\n", " ")
+    assert f"all but {others}" in README.replace("\n", " ")
 
 
 def test_pictures_and_links_are_there():
     for path in re.findall(r"\]\(([^)#:]+)\)", README + RESULTS):
         assert (HERE / path).exists(), path
+    for page in (HERE / "docs").glob("*.md"):
+        for path in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / path).exists(), f"{page.name}: {path}"
 
 
 def test_nothing_is_left_to_fill_in():
