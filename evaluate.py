@@ -67,7 +67,8 @@ def main():
     results, of_first, pictures = {}, {}, [metrics.as_8bit(split.examples(PICTURES))]
     for path, contents in checkpoints.items():
         model = VectorQuantizedVAE.rebuild(contents).to(device, memory_format=torch.channels_last)
-        values, figures = measure(model, split, judges=judges)
+        values, figures = measure(model, split, judges=judges, extra=metrics.conventions_for(data.size))
+        figures["psnr_of_mean_mse"] = metrics.psnr_of_mean_mse(values["mse"])
         of_first = of_first or values
         results[names[path]] = figures | intervals(values, of_first) | training_cost(path) | {
             "checkpoint": path, "trained_through": trained_through(contents["args"])}
@@ -78,7 +79,7 @@ def main():
     setting = {"dataset": facts["name"], "size": facts["size"], "split": args.split, "images": len(split.labels),
                "features": {judge.name: judge.network.description for judge in judges}}
     checkpoint.save_json(results_file, {"setting": setting, "models": results})
-    print(table(results, setting))
+    print(f"{table(results, setting)}\n\n{conventions_table(results)}")
     for warning in filter(None, (no_judge(judge.name, list(results.values())) for judge in judges)):
         print(f"\n{warning}")
     print(f"\npicture (originals, then {', '.join(results)}): {report.save_picture(folder / 'models.png', pictures)}")
@@ -136,6 +137,17 @@ def table(results, setting):
                 for name, figures in others]
         text += f"\n\n{report.markdown_table([f'minus {first}, by image', *compared], rows)}"
     return text
+
+
+def conventions_table(results):
+    """PSNR and SSIM of the same reconstructions as others define them."""
+    keys = ("psnr", "psnr_of_mean_mse", "psnr_of_luma", "ssim", "ssim_uniform", "ms_ssim")
+    keys = [key for key in keys if key in next(iter(results.values()))]
+    rows = [[name, *(cell(figures, key) for key in keys)] for name, figures in results.items()]
+    return (f"{report.markdown_table(['under other conventions', *keys], rows)}\n\n"
+            "psnr, ssim: means over images of RGB, SSIM with a Gaussian window of 11 pixels; psnr_of_mean_mse: of the "
+            "mean error over the split; psnr_of_luma: of BT.601 luma; ssim_uniform: a uniform window of 7 pixels; "
+            "ms_ssim: as many of its five scales as fit the images")
 
 
 def cell(figures, key):

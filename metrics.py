@@ -7,11 +7,14 @@ import math
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from pytorch_msssim import ssim as msssim_ssim
 
 from harness import distributed
 from harness.errors import UserError
 from kernels.backend import exact_products
+from terms.images import luma_of
+from terms.structure import ms_ssim_of_each, ms_ssim_weights
 
 PERFECT_PSNR = 100.0  # dB, reported where an image is reproduced exactly
 _FLAT = 1e-3  # a quarter of an 8-bit step: keeps ratios finite on images without detail
@@ -90,6 +93,54 @@ IMAGE_METRICS = {
     "saturation_ratio": saturation_ratio,
 }
 
+
+# --- the same under other conventions, for comparison with published figures
+
+def psnr_of_mean_mse(mse):
+    """PSNR of a whole split in dB, -10 log10 of its mean MSE, from the `mse` of its images (N,): a number.
+
+    Never above the mean `psnr` of the images (Jensen): the worst of them count most.
+    """
+    return float(-10 * torch.log10(mse.mean().clamp(min=10 ** (-PERFECT_PSNR / 10))))
+
+
+def psnr_of_luma(x_tilde, x):
+    """PSNR of Y = 0.299 R + 0.587 G + 0.114 B (BT.601, full range) in dB, errors of colour left out: (B,)."""
+    return psnr(luma_of(x_tilde), luma_of(x))
+
+
+def ssim_uniform(x_tilde, x):
+    """SSIM with a uniform window of 7x7 pixels and sample covariances, as scikit-image has it by default: (B,).
+
+    On images smaller than the window, the largest odd window that fits.
+    """
+    window = min(7, *(side - 1 + side % 2 for side in x.shape[2:]))
+    mean_a, mean_b, aa, bb, ab = (F.avg_pool2d(image, window, 1)
+                                  for image in (x_tilde, x, x_tilde ** 2, x ** 2, x_tilde * x))
+    unbiased = window ** 2 / (window ** 2 - 1)
+    variances, covariance = unbiased * (aa - mean_a ** 2 + bb - mean_b ** 2), unbiased * (ab - mean_a * mean_b)
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
+    return (luminance * (2 * covariance + c2) / (variances + c2)).mean((1, 2, 3))
+
+
+CONVENTIONS = {
+    "psnr_of_luma": psnr_of_luma,
+    "ssim_uniform": ssim_uniform,
+    "ms_ssim": ms_ssim_of_each,
+}
+
+
+def conventions_for(size):
+    """Those of `CONVENTIONS` that images (H, W) are large enough for."""
+    try:
+        ms_ssim_weights(*size)
+    except UserError:
+        return {name: metric for name, metric in CONVENTIONS.items() if name != "ms_ssim"}
+    return CONVENTIONS
+
+
+# --- codes, and how sure a mean is
 
 def codebook_usage(counts):
     """Health of a codebook from how often each code was chosen over a whole split, counts (K,).

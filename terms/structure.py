@@ -61,8 +61,12 @@ def ms_ssim_weights(height, width):
 
 def ms_ssim(x_tilde, x):
     """1 - MS-SSIM: in [0, 1]; per image and channel, averaged (Wang et al. 2003); scales as `ms_ssim_weights` says."""
-    x_tilde, x, score = unit(x_tilde), unit(x), 1.
-    weights = ms_ssim_weights(*x.shape[2:])
+    return 1 - ms_ssim_of_each(unit(x_tilde), unit(x)).mean()
+
+
+def ms_ssim_of_each(x_tilde, x):
+    """MS-SSIM of images (B, C, H, W) in [0, 1], channels averaged: (B,), 1 at equality."""
+    weights, score = ms_ssim_weights(*x.shape[2:]), 1.
     for scale, weight in enumerate(weights):
         if scale:
             padding = [side % 2 for side in x.shape[2:]]
@@ -71,7 +75,7 @@ def ms_ssim(x_tilde, x):
         last = scale == len(weights) - 1
         similarity = (luminance * structure if last else structure).mean((2, 3))  # (B, C)
         score = score * similarity.clamp(min=EPS) ** weight
-    return 1 - score.mean()
+    return score.mean(1)
 
 
 CONTRAST_WINDOW, CONTRAST_C = 7, 0.03 ** 2

@@ -46,6 +46,7 @@ def test_one_table_picture_and_file_of_several_models(folder):
     mean, low, high = b["ssim_difference"]
     assert mean == pytest.approx(b["ssim"] - a["ssim"]) and low <= mean <= high and a["ssim_difference"] == [0, 0, 0]
     assert f"| {b['psnr'] - a['psnr']:+.3g} [" in out and "minus a, by image" in out
+    assert b["psnr_of_mean_mse"] < b["psnr"] and f"{b['ssim_uniform']:.4g} [" in out and "ms_ssim" not in b
     low, high = b["paired_distance/effnet-lite0_interval"]
     assert low < b["paired_distance/effnet-lite0"] < high
     assert Image.open(folder / "evaluation" / "models.png").size[1] > 3 * 96

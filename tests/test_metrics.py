@@ -1,23 +1,28 @@
 """Reported metrics against scikit-image, closed forms and brute force."""
 import pytest
 import torch
+from pytorch_msssim import ms_ssim as msssim_ms_ssim
+from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import metrics
 from metrics import IMAGE_METRICS
 
 PERFECT = {"mse": 0., "psnr": metrics.PERFECT_PSNR, "ssim": 1., "gradient_ratio": 1., "high_frequency_ratio": 1.,
-           "saturation_ratio": 1.}
+           "saturation_ratio": 1., "psnr_of_luma": metrics.PERFECT_PSNR, "ssim_uniform": 1., "ms_ssim": 1.}
+METRICS = IMAGE_METRICS | metrics.CONVENTIONS
 
 
 def images(channels=3, size=(32, 40), count=3, seed=0):
     return torch.rand(count, channels, *size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", IMAGE_METRICS)
+@pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("x", [images(), images(1, (8, 8)), torch.zeros(2, 3, 16, 16), torch.ones(2, 1, 28, 28)])
 def test_identical_images_score_perfectly(name, x):
-    values = IMAGE_METRICS[name](x, x)
+    if name == "ms_ssim" and "ms_ssim" not in metrics.conventions_for(x.shape[2:]):
+        x = x.tile(1, 1, 3, 3)
+    values = METRICS[name](x, x)
     assert values.shape == (len(x),)
     torch.testing.assert_close(values, torch.full_like(values, PERFECT[name]), atol=1e-5, rtol=0)
 
@@ -31,6 +36,41 @@ def test_psnr_and_ssim_per_image_against_skimage(channels):
         expected = structural_similarity(b, a, channel_axis=0, data_range=1., gaussian_weights=True, sigma=1.5,
                                          use_sample_covariance=False)
         assert ssim.item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("channels, size", [(1, (32, 40)), (3, (33, 20)), (3, (6, 9))])
+def test_ssim_uniform_is_scikit_images_default(channels, size):
+    x = images(channels, size)
+    y = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    for a, b, found in zip(y, x, metrics.ssim_uniform(y, x)):
+        expected = structural_similarity(b.double().numpy(), a.double().numpy(), channel_axis=0, data_range=1.,
+                                         win_size=5 if min(size) < 7 else None)
+        assert found.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_psnr_of_luma_is_that_of_y():
+    x, y = images(), (images() + 0.1 * images(seed=1)).clamp(0, 1)
+    for a, b, found in zip(y, x, metrics.psnr_of_luma(y, x)):
+        lumas = [(rgb2ycbcr(image.double().numpy(), channel_axis=0)[0] - 16) / 219 for image in (b, a)]
+        assert found.item() == pytest.approx(peak_signal_noise_ratio(*lumas, data_range=1.), abs=1e-3)
+    assert torch.equal(metrics.psnr_of_luma(y[:, :1], x[:, :1]), metrics.psnr(y[:, :1], x[:, :1]))
+
+
+def test_psnr_of_the_mean_error_is_that_of_one_large_image():
+    x = images()
+    y = (x + torch.tensor([0.01, 0.1, 0.3]).view(3, 1, 1, 1) * images(seed=1)).clamp(0, 1)
+    expected = peak_signal_noise_ratio(x.double().numpy(), y.double().numpy(), data_range=1.)
+    found = metrics.psnr_of_mean_mse(metrics.mse(y, x).double())
+    assert found == pytest.approx(expected, abs=1e-4) and found < metrics.psnr(y, x).mean()
+    assert metrics.psnr_of_mean_mse(torch.zeros(3)) == metrics.PERFECT_PSNR
+
+
+def test_ms_ssim_of_large_images_is_the_published_one():
+    x, y = images(size=(176, 176)), (images(size=(176, 176)) + 0.2 * images(size=(176, 176), seed=1)).clamp(0, 1)
+    expected = msssim_ms_ssim(y, x, data_range=1., size_average=False)
+    torch.testing.assert_close(metrics.CONVENTIONS["ms_ssim"](y, x), expected, atol=1e-4, rtol=0)
+    assert set(metrics.conventions_for((21, 40))) == set(metrics.CONVENTIONS)
+    assert "ms_ssim" not in metrics.conventions_for((20, 40))
 
 
 def test_gradient_ratio_of_half_the_contrast_is_one_half():
