@@ -19,10 +19,13 @@ SHOWN = 80  # characters of a listed name that a message repeats
 
 def existing(folder):
     """The folder as a path. FileNotFoundError where there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--data-folder {folder} does not exist or is no folder")
-    return folder
+    if not os.path.isdir(folder):  # which is False for what can be no name as well
+        raise FileNotFoundError(f"--data-folder {_short(folder)} does not exist or is no folder")
+    return Path(folder)
+
+
+def _short(name):
+    return str(name)[:SHOWN] + "..." * (len(str(name)) > SHOWN)
 
 
 # --- a folder of images, with or without splits and classes
@@ -70,7 +73,7 @@ def miniimagenet(source):
     for split, name in CSV_FILES.items():
         rows[split] = []
         for where, file, label in _listed_files(root / name):
-            path, shown = root / "images" / file, file[:SHOWN] + "..." * (len(file) > SHOWN)
+            path, shown = root / "images" / file, _short(file)
             if Path(file).is_absolute() or ".." in Path(file).parts:
                 raise UserError(f"{where} lists {shown}, which is outside {root / 'images'}: put the file there")
             if not os.path.isfile(path):  # which is False for what can be no name as well

@@ -256,6 +256,8 @@ def test_tiff_is_read_as_tifffile_reads_it_or_refused(tmp_path, dtype, order):
 def test_of_several_pictures_the_first_is_read_and_said(tmp_path, suffix, notes):
     path, frames = tmp_path / f"a{suffix}", [Image.new("RGB", (8, 4), (value, 0, 0)) for value in (200, 100, 0)]
     frames[0].save(path, save_all=True, append_images=frames[1:])
+    if Image.open(path).format == "JPEG":
+        pytest.skip("this version of Pillow writes no MPO")
     assert probe(path).notes == notes
     assert np.abs(decode(path).astype(int) - (200, 0, 0)).max() <= 3
     frames[0].save(path)
