@@ -1,5 +1,6 @@
 """Which folders are the splits and the classes of a data set, by their names and by where the images lie."""
 import re
+from itertools import islice
 from pathlib import Path
 
 from harness.errors import UserError
@@ -84,7 +85,7 @@ def find_splits(root):
             if inner != root or any(folder.name.lower() not in SPLIT_OF for folder in found.values()):
                 print("splits: " + ", ".join(f"{split} is {folder}" for split, folder in found.items()))
             return {split: found[split] for split in SPLITS if split in found}, others
-        leading = [folder for folder in others if holds_image(folder)]
+        leading = list(islice(filter(holds_image, others), 2))  # to know that there is one
         if len(leading) != 1 or holds_image(inner, deep=False) or holds_image(leading[0], deep=False):
             break
         inner = leading[0]
