@@ -5,7 +5,7 @@ To add a data set: write a function that returns its splits and give it a row in
 import argparse
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ SPLIT_SEED = 0  # splits never depend on --seed
 
 
 # What is read of the checkpoint of a model: its data set, and the flags that say where that lies.
-FACTS = {"data": {"name": str, "channels": int, "size": list, "classes": list},
+FACTS = {"data": {"name": str, "channels": int, "size": list, "classes": list, "images": dict, "carved": str},
          "args": {"data_folder": str, "skip_broken": bool}}
 BUILT_IN = "photos"  # the data set that reads no folder
 CROP_SCALE = 1.15  # of --random-crop alone
@@ -117,7 +117,7 @@ def detect(folder):
     return held[0]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
     """Where images come from: one flag of the command line each."""
     folder: str = "data"
@@ -137,7 +137,7 @@ class Source:
         _refuse_folder(facts["name"], folder)
         same = not folder or os.path.realpath(folder) == os.path.realpath(args["data_folder"])
         return cls(folder or args["data_folder"], tuple(facts["size"]), download, args["skip_broken"],
-                   channels=facts["channels"], carved=facts.get("carved", "") if same else "")
+                   channels=facts["channels"], carved=facts["carved"] if same else "")
 
     def train_size(self):
         """(H, W) to which training images are brought, of which `image_size` is cropped."""
@@ -198,7 +198,9 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
         FileNotFoundError, UserError, OSError: no frames in order, missing or empty folder, broken image, sizes or
             channels that differ, other carved splits than the source is to have, no download.
     """
-    splits, classes = _known(name)(source)  # split -> (images, labels)
+    open_splits = _known(name)
+    source = replace(source, image_size=source.image_size or getattr(open_splits, "image_size", None))
+    splits, classes = open_splits(source)  # split -> (images, labels)
     if source.in_order and any(labels.ndim == 1 for _, labels in splits.values()):
         raise UserError(f"{name} has no sequences of frames: boxing has, and a folder of numbered frames such as "
                         "clip/000001.png")
@@ -312,9 +314,9 @@ def _in_memory(splits):
 def check_counts(path, known, now):
     """UserError where a run, of which a checkpoint lies at `path`, was trained on another number of images.
 
-    known, now: images by split; None where the checkpoint is too old to say.
+    known, now: images by split.
     """
-    if known not in (None, now):
+    if known != now:
         raise UserError(f"{path} was trained on other images ({known}) than there are now ({now}): put them back as "
                         "they were, or train anew (--overwrite)")
 
@@ -325,7 +327,7 @@ def check_alike(models):
     Args:
         models: {name: contents of a checkpoint}.
     """
-    carved = {contents["data"]["carved"]: name for name, contents in models.items() if contents["data"].get("carved")}
+    carved = {contents["data"]["carved"]: name for name, contents in models.items() if contents["data"]["carved"]}
     if len(carved) > 1:
         first, second, *_ = carved.values()
         raise UserError(f"{first} and {second} were trained on other files, of one folder or of two, and hold out "
@@ -335,7 +337,7 @@ def check_alike(models):
 def held_out(models, folder):
     """What models, which are alike, hold out of a folder, as `Data.carved`: empty where none says so of this folder."""
     check_alike(models)
-    carved = (Source.of(contents, folder).carved for contents in models.values() if contents["data"].get("carved"))
+    carved = (Source.of(contents, folder).carved for contents in models.values() if contents["data"]["carved"])
     return next(filter(None, carved), "")
 
 

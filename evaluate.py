@@ -59,8 +59,7 @@ def main():
     source = datasets.Source.of(checkpoints[first], args.data_folder)
     data, networks = open_judged(facts["name"], source, checkpoints, () if args.no_features else args.features, device,
                                  args.batch_size, args.num_workers)
-    split = getattr(data, args.split)
-    split.shuffle = False  # of train, every image
+    split = getattr(data, args.split).in_order()  # of train, every image
     judges = [Judge(name, network, split) for name, network in networks.items()]
 
     names = short_names(list(checkpoints))

@@ -142,7 +142,7 @@ def load_data(args, device):
     last = run_folder("models", args.output_folder) / "last.pt"
     if args.resume and last.exists():
         facts = checkpoint.load(last, "vqvae", datasets.FACTS)["data"]
-        source = replace(source, carved=facts.get("carved", "") if facts["name"] == args.dataset else "")
+        source = replace(source, carved=facts["carved"] if facts["name"] == args.dataset else "")
     with distributed.rank_0_first():
         data = datasets.load(args.dataset, source, args.batch_size, device, args.flip, args.seed, args.limit,
                              args.num_workers)
@@ -194,7 +194,7 @@ def open_run(args, device, data, state):
     """The run of a VQ-VAE whose checkpoints hold `state`, new or resumed. UserError as `Run`, or on other images."""
     run = Run("vqvae", args, device, state, datasets.MAY_CHANGE_ON_RESUME | {"recipe"}, [args.frozen_codebook])
     if run.resumed:
-        check_counts(run.resumed["path"], run.resumed["data"].get("images"), data.facts()["images"])
+        check_counts(run.resumed["path"], run.resumed["data"]["images"], data.facts()["images"])
     return run
 
 

@@ -8,6 +8,7 @@ from harness.batches import send
 from harness.checkpoint import complete
 from harness.compiled import compile_forward
 from harness.device import one_step
+from harness.distributed import BatchNorm2d
 from harness.errors import UserError
 from quantizers import QUANTIZERS, VQEmbedding  # noqa: F401 (VQEmbedding is looked for here)
 
@@ -46,10 +47,10 @@ class ResBlock(nn.Module):
         self.block = nn.Sequential(
             nn.Identity(),  # stands where the published block has the first ReLU, for the keys of its layers
             nn.Conv2d(dim, dim, 3, 1, 1),
-            nn.BatchNorm2d(dim),
+            BatchNorm2d(dim),
             nn.ReLU(True),
             nn.Conv2d(dim, dim, 1),
-            nn.BatchNorm2d(dim),
+            BatchNorm2d(dim),
         )
 
     def forward(self, x):
@@ -95,10 +96,10 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
         deeper = downsample.bit_length() - 3  # halvings beyond the published two
         self.encoder = nn.Sequential(
             nn.Conv2d(input_dim, dim, 4, 2, 1),
-            nn.BatchNorm2d(dim),
+            BatchNorm2d(dim),
             nn.ReLU(True),
             *(layer for _ in range(deeper) for layer in (
-                nn.Conv2d(dim, dim, 4, 2, 1), nn.BatchNorm2d(dim), nn.ReLU(True))),
+                nn.Conv2d(dim, dim, 4, 2, 1), BatchNorm2d(dim), nn.ReLU(True))),
             nn.Conv2d(dim, dim, 4, 2, 1),
             ResBlock(dim),
             ResBlock(dim),
@@ -110,7 +111,7 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
             ResBlock(dim),
             nn.ReLU(True),
             *(layer for _ in range(deeper + 1) for layer in (
-                Upsampling(dim, dim), nn.BatchNorm2d(dim), nn.ReLU(True),
+                Upsampling(dim, dim), BatchNorm2d(dim), nn.ReLU(True),
                 *(ResBlock(dim) for _ in range(fine_blocks)), *((nn.ReLU(True),) if fine_blocks else ()))),
             nn.ConvTranspose2d(dim, input_dim, 4, 2, 1),
             nn.Tanh(),

@@ -8,6 +8,7 @@ from torch import nn
 import experiment
 from harness import cli, distributed
 from harness.device import adam, autocast_of, one_step, pick_device, set_lr
+from harness.distributed import BatchNorm2d
 from harness.errors import UserError
 from quantizers import filled
 from study.distances import paired_distance
@@ -156,7 +157,7 @@ class PatchDiscriminator(nn.Module):
         layers, width = [nn.Conv2d(input_dim, dim, 4, 2, 1), nn.LeakyReLU(0.2, True)], dim
         for i in range(1, n_layers + 1):
             wider, stride = dim * min(2 ** i, 8), 2 if i < n_layers else 1
-            layers += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), nn.BatchNorm2d(wider),
+            layers += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), BatchNorm2d(wider),
                        nn.LeakyReLU(0.2, True)]
             width = wider
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))

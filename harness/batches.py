@@ -1,4 +1,6 @@
 """Images in memory or in files -> batches on the device, in an order that depends on seed and epoch alone."""
+import copy
+
 import numpy as np
 import torch
 
@@ -54,6 +56,12 @@ class Batches:
                             "processes, or add images")
         self.rank, self.world = rank, world
         self.batch_size *= world
+
+    def in_order(self):
+        """The same batches of every image once, in the order of the split."""
+        other = copy.copy(self)
+        other.shuffle, other._ahead = False, None
+        return other
 
     def sizes(self):
         """Number of images in each batch, all processes together; too few for each to have one join those before."""

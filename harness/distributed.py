@@ -137,11 +137,11 @@ class _Total(Function):
         return total(grad.clone())
 
 
-class _SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the images of all processes, on any device; PyTorch's own needs a GPU."""
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the images of all processes, on any device; PyTorch's own for that needs a GPU."""
 
     def forward(self, x):
-        if not self.training:
+        if not (self.training and dist.is_initialized()):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             images = x.float()
@@ -163,13 +163,10 @@ _BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in signature(Distri
 
 
 def wrap(model, device):
-    """The model whose forward and backward go over all processes: mean gradients, shared batch statistics.
+    """The model whose backward takes the mean gradient over all processes.
 
     Its weights are those of `model`, which stays what is saved, loaded and asked for codes.
     """
     if not dist.is_initialized():
         return model
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = _SyncBatchNorm2d
     return DistributedDataParallel(model, [device] if device.type == "cuda" else None, **{_BUFFERS: False})

@@ -1,5 +1,6 @@
 """What the scripts that model the latents of a trained VQ-VAE share: the VQ-VAE, its latents, their code length."""
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +92,7 @@ class FirstStage:
         self.vqvae = VectorQuantizedVAE.rebuild(ckpt).to(device, memory_format=torch.channels_last)
         self.K, self.classes = self.vqvae.K, self.data["classes"]
         self.shape = tuple(side // self.vqvae.downsample for side in self.data["size"])
-        self.source = _inherit(args, ckpt)
-        self.source.in_order = in_order
+        self.source = replace(_inherit(args, ckpt), in_order=in_order)
 
     def batches(self, kind, of_classes):
         """Train, valid and test batches of latents for a run of `kind`, which fails here before an old one is replaced.
@@ -132,9 +132,8 @@ class FirstStage:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = lock(path.parent)  # the folder's as long as this object lives: its run takes it once more
         for split in SPLITS:
-            batches = getattr(images, split)
-            batches.shuffle = False
-            encoded = [(self.encode(x).to(torch.int32).cpu(), label.cpu()) for x, label in batches]
+            encoded = [(self.encode(x).to(torch.int32).cpu(), label.cpu())
+                       for x, label in getattr(images, split).in_order()]
             splits[split] = tuple(map(torch.cat, zip(*encoded)))
         checkpoint.save(path, "latents", {"key": key(), "splits": splits})  # opened, a data set may have been made anew
         return splits
@@ -170,7 +169,7 @@ class FirstStage:
         run = Run(kind, args, self.device, state, may_change | datasets.MAY_CHANGE_ON_RESUME | {"model"}, [args.model])
         if run.resumed:
             check_vqvae(run.resumed, args.model)
-            check_counts(run.resumed["path"], run.resumed.get("images"), self.counts)
+            check_counts(run.resumed["path"], run.resumed["images"], self.counts)
         if args.compile:
             compile_forward(model, graphs_fit(self.device, args.accumulate))
         return run, distributed.wrap(model, self.device)
@@ -200,7 +199,7 @@ def _inherit(args, ckpt):
                             "leave the flag out")
         setattr(args, name, value)
     source = Source.of(ckpt, args.data_folder, not args.no_download)
-    source.skip_broken |= args.skip_broken
+    source = replace(source, skip_broken=source.skip_broken or args.skip_broken)
     args.data_folder, args.skip_broken = source.folder, source.skip_broken
     return source
 

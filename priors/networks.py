@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.distributed import BatchNorm2d
 from harness.errors import UserError
 from modules import GatedPixelCNN, Rebuilt
 from quantizers import QUANTIZERS
@@ -38,10 +39,10 @@ class StackedVQVAE(Rebuilt, nn.Module):
         while max(self.sizes[-1]) > SMALLEST:
             self.sizes.append(tuple(-(-side // 2) for side in self.sizes[-1]))
         self.first = nn.Embedding(K, D).requires_grad_(False)  # codes of the first stage
-        halvings = [nn.Sequential(nn.Conv2d(dim, dim, 3, 2, 1), nn.BatchNorm2d(dim), nn.ReLU()) for _ in self.sizes[1:]]
-        self.encoder = nn.Sequential(nn.Conv2d(D, dim, 3, 1, 1), nn.BatchNorm2d(dim), nn.ReLU(), *halvings,
+        halvings = [nn.Sequential(nn.Conv2d(dim, dim, 3, 2, 1), BatchNorm2d(dim), nn.ReLU()) for _ in self.sizes[1:]]
+        self.encoder = nn.Sequential(nn.Conv2d(D, dim, 3, 1, 1), BatchNorm2d(dim), nn.ReLU(), *halvings,
                                      nn.Conv2d(dim, n_codes * CODE_DIM, self.sizes[-1]),
-                                     nn.BatchNorm2d(n_codes * CODE_DIM))
+                                     BatchNorm2d(n_codes * CODE_DIM))
         self.codebooks = nn.ModuleList(
             QUANTIZERS["ema"](CODES, CODE_DIM, data_init=True, restart_below=RESTART_BELOW) for _ in range(n_codes))
         self.absent = nn.Parameter(torch.zeros(n_codes * CODE_DIM))  # stands for the codes of an image without

@@ -82,7 +82,6 @@ def miniimagenet(source):
             if before != where:
                 raise UserError(f"{where} lists {shown} again, the file of {before}: remove one of them")
             rows[split].append((path, label))
-    source.image_size = source.image_size or MINIIMAGENET_SIZE
     return open_files(rows, sorted({label for part in rows.values() for _, label in part}), source)
 
 
@@ -91,7 +90,7 @@ def _is_miniimagenet(root):
     return "images" in names and not names.isdisjoint(CSV_FILES.values())
 
 
-miniimagenet.is_in = _is_miniimagenet
+miniimagenet.is_in, miniimagenet.image_size = _is_miniimagenet, MINIIMAGENET_SIZE  # where no size is asked for
 
 
 def _listed_files(path):

@@ -29,12 +29,12 @@ def imagenette(source):
     """Ten classes of ImageNet, JPEG files whose shorter side is 160 pixels; its split val is the test split here."""
     from torchvision import datasets as tv
     dataset = _open(tv.Imagenette, source, IMAGENETTE_FOLDER, split="train", size="160px")
-    source.image_size = source.image_size or IMAGENETTE_SIZE
     splits, classes = image_folder(replace(source, folder=str(Path(source.folder) / IMAGENETTE_FOLDER)))
     names = {wnid: words[0] for wnid, words in zip(dataset.wnids, dataset.classes)}
     return {"train": splits["train"], "test": splits["valid"]}, [names[wnid] for wnid in classes]
 
 
+imagenette.image_size = IMAGENETTE_SIZE  # where none is asked for
 imagenette.is_in = lambda root: (root / IMAGENETTE_FOLDER).is_dir()
 
 

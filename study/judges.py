@@ -5,6 +5,7 @@ To add a network: write a function of a data set and its source that returns it,
 """
 import io
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -208,9 +209,9 @@ def open_network(name, data, source):
 
 def open_judged(name, source, checkpoints, features, device, batch_size=128, workers=1):
     """A data set, of which these checkpoints hold out the same, and networks by name that judge it."""
-    source.carved = held_out(checkpoints, source.folder)
+    source = replace(source, carved=held_out(checkpoints, source.folder))
     data = datasets.load(name, source, batch_size, device, workers=workers)
-    source.image_size = data.size
+    source = replace(source, image_size=data.size)
     return data, {name: open_network(name, data, source) for name in features}
 
 

@@ -86,7 +86,7 @@ def test_results_that_are_a_list(folder):  # noqa: F811
 def test_a_folder_that_gained_an_image_holds_out_others(folder):  # noqa: F811
     images, changed = folder / "images", "since the model was trained, so that others are held out"
     shutil.copytree(folder / "models" / "a", folder / "models" / "old")
-    change(folder, "data.carved", MISSING, "models/old/best.pt")
+    change(folder, "data.carved", "", "models/old/best.pt")
     shutil.copytree(images, folder / "moved")
     shutil.copy(images / "7.png", images / "70.png")
     resumed = ("vqvae.py", *SMALL, "--data-folder", "images", "--output-folder", "a", "--resume", "--num-epochs", "2")

@@ -330,7 +330,7 @@ def test_a_model_of_three_channels_takes_grey_images(tmp_path):
 
 def test_a_checkpoint_of_an_unknown_data_set_and_of_one_without_folder():
     facts = {"args": {"data_folder": "data", "skip_broken": False},
-             "data": {"name": "photos", "size": [8, 8], "channels": 3}}
+             "data": {"name": "photos", "size": [8, 8], "channels": 3, "carved": ""}}
     with pytest.raises(ValueError, match="reads no folder"):
         Source.of(facts, "images")
     with pytest.raises(ValueError, match="'sunsets' is not known"):

@@ -88,7 +88,7 @@ def _check_everything(rank):
     # Batch norm, value, gradient and running statistics, on shares of unequal size.
     torch.manual_seed(0)
     whole = torch.randn(5, 3, 4, 4) * 3 + 1
-    reference, model = nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3))
+    reference, model = nn.BatchNorm2d(3), nn.Sequential(distributed.BatchNorm2d(3))
     start, stop = (2, 5) if rank else (0, 2)
     x, y = whole.clone().requires_grad_(), whole[start:stop].clone().requires_grad_()
     wrapped = distributed.wrap(model, torch.device("cpu"))
