@@ -280,31 +280,6 @@ def test_what_is_hidden_or_beside_the_splits_is_left_out(tmp_path, capsys):
     assert f"left out what lies next to the folders of splits, such as {tmp_path / 'car'}" in capsys.readouterr().out
 
 
-def test_links_bring_no_image_in_twice_nor_from_another_split(tmp_path):
-    for i, (name, count) in enumerate((("train/cat", 12), ("test/cat", 4), ("elsewhere", 3))):
-        pictures(tmp_path / "data" / name, count, seed=i)
-    train = tmp_path / "data" / "train"
-    alone = rows(open_folder(tmp_path / "data").train) | rows(open_folder(tmp_path / "data").valid)
-    for name, target in (("up", ".."), ("beside", "../test"), ("within", "../test/cat"), ("again", "cat"),
-                         ("gone", "nowhere"), ("self", "self")):
-        (train / name).symlink_to(target, target_is_directory=True)
-    data = open_folder(tmp_path / "data")
-    assert len(data.train.labels) + len(data.valid.labels) == 12 and len(data.test.labels) == 4
-    assert rows(data.train) | rows(data.valid) == alone and not rows(data.train) & rows(data.test)
-    (train / "dog").symlink_to("../elsewhere", target_is_directory=True)  # a class that lies elsewhere
-    assert open_folder(tmp_path / "data").classes == ["cat", "dog"]
-
-
-def test_what_is_no_regular_file_is_left_out_and_said(tmp_path, capsys):
-    pictures(tmp_path, 30)
-    (tmp_path / "link.png").symlink_to("nowhere")
-    os.mkfifo(tmp_path / "pipe.png")
-    data = open_folder(tmp_path)
-    assert len(data.train.labels) == 24
-    assert "left out 2 that are no regular files" in capsys.readouterr().out
-    datasets.fingerprint("folder", Source(str(tmp_path)))  # nor does it wait for the pipe
-
-
 def test_a_fingerprint_follows_the_files_and_stops_at_loops(tmp_path):
     paths = pictures(tmp_path / "a", 3)
     source = Source(str(tmp_path))

@@ -1,12 +1,14 @@
 """What is read of a folder of images, and what is said of the rest."""
+import os
+
 import numpy as np
 import pytest
 import tifffile
 from conftest import call, write_images
 from PIL import Image
-from test_datasets import miniimagenet, open_folder, pictures
+from test_datasets import miniimagenet, open_folder, pictures, rows
 
-from datasets import Source, load
+from datasets import Source, fingerprint, load
 from harness.decoding import OtherImage
 from harness.images import find_images
 from readers import survey
@@ -141,6 +143,31 @@ def test_what_runs_keep_does_not_join_the_data(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "left out the folders of runs or thumbnails ./logs, ./models\n"
     assert len(find_images("photos")[0]) == 6  # a folder of that name elsewhere is one like others
     assert len(find_images("models")[0]) == 3 == len(find_images("models/vqvae")[0])  # asked for by name
+
+
+def test_links_bring_no_image_in_twice_nor_from_another_split(tmp_path):
+    for i, (name, count) in enumerate((("train/cat", 12), ("test/cat", 4), ("elsewhere", 3))):
+        pictures(tmp_path / "data" / name, count, seed=i)
+    train = tmp_path / "data" / "train"
+    alone = rows(open_folder(tmp_path / "data").train) | rows(open_folder(tmp_path / "data").valid)
+    for name, target in (("up", ".."), ("beside", "../test"), ("within", "../test/cat"), ("again", "cat"),
+                         ("gone", "nowhere"), ("self", "self")):
+        (train / name).symlink_to(target, target_is_directory=True)
+    data = open_folder(tmp_path / "data")
+    assert len(data.train.labels) + len(data.valid.labels) == 12 and len(data.test.labels) == 4
+    assert rows(data.train) | rows(data.valid) == alone and not rows(data.train) & rows(data.test)
+    (train / "dog").symlink_to("../elsewhere", target_is_directory=True)  # a class that lies elsewhere
+    assert open_folder(tmp_path / "data").classes == ["cat", "dog"]
+
+
+def test_what_is_no_regular_file_is_left_out_and_said(tmp_path, capsys):
+    pictures(tmp_path, 30)
+    (tmp_path / "link.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.png")
+    data = open_folder(tmp_path)
+    assert len(data.train.labels) == 24
+    assert "left out 2 that are no regular files" in capsys.readouterr().out
+    fingerprint("folder", Source(str(tmp_path)))  # nor does it wait for the pipe
 
 
 SMALL = ("--hidden-size", "4", "--k", "8", "--batch-size", "8", "--device", "cpu", "--precision", "fp32")
