@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and shows the default of every flag that has one."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=_Defaults, **kwargs)
+        super().__init__(*args, formatter_class=_Defaults, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help shows all flags)\n")

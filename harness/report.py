@@ -1,24 +1,44 @@
-"""What a person looks at: tables of figures over seeds, plots, and pictures of images side by side."""
-import csv
-import io
-import math
-import re
-import statistics
-
+"""What a person looks at: tables, plots, and pictures of images side by side."""
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 from harness import checkpoint
 
 LEAST_SIDE = 96  # pixels; smaller images are enlarged by a whole factor, each pixel a square
+MOST_COLUMNS = 120  # characters a line of a table
+LABEL_SIZE = 14  # pixels
 
 
 def markdown_table(header, rows):
-    """Aligned Markdown table; numbers with four significant digits."""
-    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell).replace("|", "\\|") for cell in row]
-             for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    """Aligned Markdown table; numbers with four significant digits.
+
+    Where a line would have more than `MOST_COLUMNS` characters, further columns follow in a table below, of which the
+    first column is the same.
+    """
+    cells = [[_cell(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) + 3 for i in range(len(header))]
+    parts, room = [[0]], MOST_COLUMNS - widths[0] - 1
+    for column, width in enumerate(widths[1:], 1):
+        if width > room and len(parts[-1]) > 1:
+            parts.append([0])
+            room = MOST_COLUMNS - widths[0] - 1
+        parts[-1].append(column)
+        room -= width
+    return "\n\n".join(_table([[row[i] for i in part] for row in cells], [widths[i] for i in part]) for part in parts)
+
+
+def _table(cells, widths):
+    lines = ["".join(f"| {cell}".ljust(width) for cell, width in zip(row, widths)) + "|" for row in cells]
+    return "\n".join([lines[0], "".join("|" + "-" * (width - 1) for width in widths) + "|", *lines[1:]])
+
+
+def _cell(cell):
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell).replace("|", "\\|").replace("\n", " ")
+
+
+# --- pictures
 
 
 def image_rows(rows, least_side=LEAST_SIDE):
@@ -31,76 +51,43 @@ def image_rows(rows, least_side=LEAST_SIDE):
 
 
 def save_picture(path, rows, least_side=LEAST_SIDE):
-    """Save rows of images (N, C, H, W) in [0, 1] as a PNG; images smaller than `least_side` are enlarged."""
+    """Save rows of images (N, C, H, W) in [0, 1] as a PNG; images smaller than `least_side` are enlarged.
+
+    rows: a list, or a dict of them by the label that stands above each.
+    """
     from torchvision.utils import save_image
-    checkpoint.write_with(path, lambda file: save_image(image_rows(rows, least_side), file, "png"))
+    if isinstance(rows, dict):
+        picture = _labelled({label: image_rows([row], least_side) for label, row in rows.items()})
+    else:
+        picture = image_rows(rows, least_side)
+    checkpoint.write_with(path, lambda file: save_image(picture, file, "png"))
     return path
 
 
-# --- figures of several runs
-
-def spread(values):
-    """"mean ± sd", or the value where there is one alone."""
-    mean = f"{statistics.mean(values):.4g}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2g}"
-
-
-def interval(values):
-    """(low, high): 95% interval of the mean of two or more values (Student's t)."""
-    from scipy.stats import t as student_t  # here, because it takes a second to import
-    mean, half = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-    half *= student_t.ppf(0.975, len(values) - 1)
-    return mean - half, mean + half
+def _labelled(pictures):
+    """One picture (3, H, W) of several by their label, which stands above each."""
+    width, font = max(picture.shape[2] for picture in pictures.values()), ImageFont.load_default(LABEL_SIZE)
+    lines = []
+    for label, picture in pictures.items():
+        strip = Image.new("RGB", (width, LABEL_SIZE + 6), "white")
+        ImageDraw.Draw(strip).text((4, 2), label.encode(errors="replace").decode(), "black", font)
+        lines += [torch.from_numpy(np.array(strip)).permute(2, 0, 1) / 255,
+                  F.pad(picture, (0, width - picture.shape[2]), value=1.)]
+    return torch.cat(lines, 1)
 
 
-def difference(values):
-    """Mean of paired differences with its 95% `interval`; one alone says so."""
-    mean = f"{statistics.mean(values):+.3g}"
-    if len(values) == 1:
-        return f"{mean} (one seed)"
-    low, high = interval(values)
-    return f"{mean} [{low:+.3g}, {high:+.3g}]"
+def with_middles(rows, note="middle enlarged"):
+    """Rows of images {label: (N, C, H, W)}, then of their middles, enlarged to about the size of a whole image."""
+    middles = {}
+    for label, images in rows.items():
+        height, width = (side // 2 for side in images.shape[2:])
+        top, left = ((side - part) // 2 for side, part in zip(images.shape[2:], (height, width)))
+        middle = images[:, :, top:top + height, left:left + width]
+        middles[f"{label}, {note}"] = middle.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return rows | middles
 
 
-def ratio(values):
-    """Geometric mean of paired ratios with its 95% `interval`, of their logarithms; one alone says so."""
-    if len(values) == 1:
-        return f"{values[0]:.3g} (one seed)"
-    logs = [math.log(value) for value in values]
-    mean, low, high = (math.exp(value) for value in (statistics.mean(logs), *interval(logs)))
-    return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
-
-
-def numbers(cell):
-    """[value, low, high] of a cell that `difference` or `ratio` wrote; nan for the bounds of one seed."""
-    found = re.findall(r"[-+]?(?:nan|inf|\d[\d.]*(?:e[-+]\d+)?)", cell.partition("(")[0])
-    return (list(map(float, found)) + 3 * [math.nan])[:3]
-
-
-def rank_correlations(columns):
-    """Rows of Spearman's rank correlation between columns {name: values}, each of the same things in one order."""
-    from scipy.stats import spearmanr
-    return [{"rank correlation": one} | {other: f"{spearmanr(columns[one], columns[other]).statistic:.2f}"
-                                         for other in columns} for one in columns]
-
-
-def write_tables(folder, tables, runs):
-    """Write tables {name: (rows, note)}, a row a dict by column: table.md, <name>.csv and table.json.
-
-    table.json holds `runs` beside them, the figures of each run. Returns the Markdown text.
-    """
-    text = ""
-    for name, (rows, note) in tables.items():
-        text += markdown_table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n\n{note}\n\n"
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        checkpoint.write_atomic(folder / f"{name}.csv", buffer.getvalue().encode())
-    checkpoint.write_atomic(folder / "table.md", text.encode())
-    checkpoint.save_json(folder / "table.json", {name: rows for name, (rows, _) in tables.items()} | {"runs": runs})
-    return text
-
+# --- plots
 
 def draw_fronts(path, points, horizontal, panels, left_out=()):
     """A panel for each of `panels`: points by two figures, and a line through those that no other beats in both.

@@ -1,13 +1,16 @@
 """Does a gain last? The same mixes compared after trainings of several lengths, in one plot."""
+import math
 from pathlib import Path
 
 import datasets
 from harness import checkpoint, cli, report, run
 from harness.errors import UserError
+from study.tables import MEAN_OF_JUDGES
 
-PANELS = {"mean of judges ÷ the baseline's": "mean of judges / baseline",
+PANELS = {"mean of judges ÷ the baseline's": MEAN_OF_JUDGES,
           "PSNR − the baseline's (dB)": "psnr - baseline",
           "gradient ratio − the baseline's": "gradient_ratio - baseline"}
+PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
 MAY_DIFFER = run.MAY_CHANGE_ON_RESUME | datasets.MAY_CHANGE_ON_RESUME | {"seed", "output_folder"}  # flags
 
 
@@ -17,9 +20,10 @@ def main():
                         help="what compare.py was given as --output, one for each length; NAME/test for its test split")
     parser.add_argument("--output", type=cli.path, default="lengths.png", help="PNG file (default %(default)s)")
     args = parser.parse_args()
+    check_output(Path(args.output))
     panels, seen = {title: {} for title in PANELS}, {}
     for folder in (Path("models") / name for name in args.comparisons):
-        flags, rows = read(folder)
+        flags, gains = read(folder)
         epochs = flags["num_epochs"]
         if epochs in seen:
             raise UserError(f"{folder} and {seen[epochs][0]} are both of {epochs} epochs: give one of each length")
@@ -29,29 +33,44 @@ def main():
         if differ:
             raise UserError(f"{folder} was trained with another {differ[0]} than {first}: only lengths and learning "
                             "rates may differ")
-        for row in rows:
-            for title, column in PANELS.items():
-                curve = panels[title].setdefault(f"{row['loss']} beside {row['baseline']}", [])
-                curve.append((epochs, *report.numbers(row[column])))
+        for title, curve, numbers in gains:
+            panels[title].setdefault(curve, []).append((epochs, *numbers))
     print(report.draw_curves(args.output, "epochs of training", panels, log_ticks=sorted(seen)))
 
 
+def check_output(path):
+    """UserError where a file that is no picture would be replaced."""
+    if path.is_dir() or path.exists() and path.read_bytes()[:len(PNG)] != PNG:
+        raise UserError(f"--output {path} is no PNG file and would be replaced: name another")
+
+
 def read(folder):
-    """Flags of the first run of a comparison, and the rows of its table that set a mix against another."""
+    """Flags of the first run of a comparison, and what its table says of each mix against its baseline.
+
+    Returns:
+        flags, [(title of a panel, name of a curve, (mean, low, high))], not a number where there is none.
+    """
     path = folder / "table.json"
     with checkpoint.complete(path):
         table = checkpoint.load_json(path)
         name = "{loss}-seed{seed}".format_map(table["runs"][0])
-        rows = [row for row in table["against"] if row["loss"] != row["baseline"]]
-    if not rows:
+        gains = [(title, f"{row['loss']} against {row['baseline']}", _numbers(row[column]))
+                 for row in table["against"] if row["loss"] != row["baseline"] for title, column in PANELS.items()]
+    if not gains:
         raise UserError(f"{path} compares a baseline with itself alone: leave it out")
-    of_test = folder.name == "test" and not (folder / name).is_dir()  # whose runs lie beside it
+    of_test = folder.name == "test" and not (folder / name).is_dir()  # whose runs lie in the folder above
     path = (folder.parent if of_test else folder) / name / "args.json"
-    flags = checkpoint.load_json(path)
     with checkpoint.complete(path):
+        flags = checkpoint.load_json(path)
         if flags["minutes"]:
             raise UserError(f"{folder} was trained for minutes, the plot is over epochs: leave it out")
-    return flags, rows
+        flags["num_epochs"] += 0  # a TypeError where it is text
+    return flags, gains
+
+
+def _numbers(estimate):
+    """(mean, low, high) of what a file keeps of an `Estimate`; TypeError where they are no numbers."""
+    return tuple(math.nan if estimate[part] is None else 0. + estimate[part] for part in ("mean", "low", "high"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Mixes of losses as text, "mse=1,ssim=0.5,lr=1e-3", and the command that trains one."""
 import argparse
-from functools import cache
+import os
 
-import experiment
+from experiment import RECIPES
 from harness import cli
 from harness.errors import UserError
 from losses import TERMS, ReconstructionLoss
@@ -18,10 +18,9 @@ def quantizer(text):
     return text
 
 
-# What a mix may name beside loss terms, each of which stands for one flag: (flag, type, value where none is given).
-# Those with such a value read as part of the sum in a mix's name.
+# What a mix may name besides loss terms, each of which stands for one flag: (flag, type, value where none is given).
 FLAGS = {
-    VQGAN: ("--disc-weight", cli.positive, experiment.DISC_WEIGHT),  # and for vqgan.py instead of vqvae.py
+    VQGAN: ("--disc-weight", cli.positive, 0.8),  # and for vqgan.py instead of vqvae.py
     "perceptual": ("--perceptual-weight", cli.positive, 1.),
     SHARPEN: ("--sharpen", cli.positive, 1.),
     "disc-start": ("--disc-start", cli.steps_or_share, None),
@@ -51,13 +50,13 @@ def parse_mix(text):
     mix = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name in experiment.RECIPES and name not in TERMS and not value and not mix:
+        if name in RECIPES and name not in TERMS and not value and not mix:
             mix[RECIPE] = name
             continue
         if name not in TERMS and name not in FLAGS:
-            named = sorted(set(experiment.RECIPES) - set(TERMS))
+            named = sorted(set(RECIPES) - set(TERMS))
             raise UserError(f"no loss term {name!r} in {text!r}: the terms are {', '.join(TERMS)}; further names are "
-                            f"{', '.join(FLAGS)} and, first, the recipes {', '.join(named)}")
+                             f"{', '.join(FLAGS)} and, first, the recipes {', '.join(named)}")
         if name in mix:
             raise UserError(f"{name} stands twice in {text!r}: give it once")
         flag, kind, usual = FLAGS.get(name, (None, cli.positive, 1.))
@@ -70,9 +69,10 @@ def parse_mix(text):
     alone = set(OF_VQGAN) & set(mix) if VQGAN not in mix else ()
     if alone:
         raise UserError(f"{', '.join(sorted(alone))} in {text!r} is for vqgan.py: add vqgan to the mix")
-    flags = meaning(command_of(mix, 0, [], []))[1]  # what the loss refuses fails before anything is trained
-    try:
-        ReconstructionLoss(experiment.weights_of(argparse.Namespace(**flags)), sharpen=flags[SHARPEN])
+    flags = given(command_of(mix, 0, [], []))
+    weights = {name: float(flags.get(f"--{name}-weight", name == "mse")) for name in TERMS}
+    try:  # what the loss refuses fails before anything is trained
+        ReconstructionLoss(weights, sharpen=float(flags.get("--sharpen", 0)))
     except UserError as error:
         raise UserError(f"the mix {text!r}: {error}") from error
     return mix
@@ -85,23 +85,18 @@ def parse_rate(text):
     return parse_mix(text)
 
 
-def terms_of(mix):
-    """The loss terms of a mix and their weights; MSE where it names none."""
-    return {name: weight for name, weight in mix.items() if name in TERMS} or {"mse": 1.}
-
-
 def mix_name(mix):
-    """{"mse": 1, "ssim": 0.5, "lr": 1e-3} -> "mse+0.5ssim,lr=0.001"."""
-    added, set_apart = [], []
+    """A mix as text, which `parse_mix` reads: {"mse": 1, "ssim": 0.5, "lr": 1e-3} -> "mse,ssim=0.5,lr=0.001".
+
+    It names the mix in tables and its runs' folders: letters, digits and ",.=+-", safe in paths and in a shell.
+    """
+    parts = []
+    if RECIPE not in mix and not any(name in TERMS for name in mix):
+        parts.append("mse")
     for name, value in mix.items():
         usual = FLAGS.get(name, (None, None, 1.))[2]
-        if name == RECIPE:
-            added.append(value)
-        elif usual is None:
-            set_apart.append(f",{name}={_text(value)}")
-        else:
-            added.append(("" if value == usual else _text(value)) + name)
-    return ("+".join(added) or "mse") + "".join(set_apart)
+        parts.append(value if name == RECIPE else name if value == usual else f"{name}={_text(value)}")
+    return ",".join(parts)
 
 
 def _text(value):
@@ -127,31 +122,32 @@ PRESETS = {"report": report_mixes, "baselines": baseline_mixes}
 
 def command_of(mix, seed, flags, vqgan_flags):
     """Command line of the run of a mix and a seed, the script first; later ones win: flags, vqgan_flags, the mix."""
-    terms = terms_of(mix) if RECIPE not in mix else {}
-    named = TERMS if terms else [name for name in mix if name in TERMS]
-    weights = [part for name in named for part in (f"--{name}-weight", _text(terms.get(name, mix.get(name, 0.))))]
+    weights = {name: value for name, value in mix.items() if name in TERMS}
+    if RECIPE not in mix:  # where MSE has a weight that nobody gave
+        weights = {"mse": 0.} | weights if weights else {"mse": 1.}
+    weights = [part for name, value in weights.items() for part in (f"--{name}-weight", _text(value))]
     more = [part for name in FLAGS if name in mix for part in (FLAGS[name][0], _text(mix[name]))]
     script, own = ("vqgan.py", vqgan_flags) if VQGAN in mix else ("vqvae.py", [])
-    # What the recipe stands for today, so that a run of another day is told.
-    recipe = experiment.RECIPES[mix.get(RECIPE, BASE)].split()
+    # What the recipe stands for today, so that a run of another day is recognised.
+    recipe = RECIPES[mix.get(RECIPE, BASE)].split()
     return [script, *recipe, *flags, *own, *weights, *more, "--seed", str(seed)]
 
 
-@cache
-def _parser(script):
-    parser = cli.Parser(prog=script, allow_abbrev=False)
-    experiment.add_arguments(parser, output_folder="run")
-    if script == "vqgan.py":
-        experiment.add_adversarial_arguments(parser)
-    return parser
+def given(command):
+    """{flag: its text} of a command of `command_of`, the later one where a flag stands twice; "" where it has none.
 
-
-def meaning(command):
-    """What a command of `command_of` trains: script, {flag: value}. A wrong flag ends the script.
-
-    Commands that mean the same are told apart by no way of writing them.
+    Of numbers the value and of folders the place counts, not how they are written.
     """
-    script, *flags = command
-    args = vars(experiment.parse_args(_parser(script), flags))
-    del args["recipe"]
-    return script, args
+    flags, last = {}, None
+    for word in command[1:]:
+        if word.startswith("--"):
+            last, _, word = word.partition("=")
+        flags[last] = os.path.realpath(word) if last == "--data-folder" else _number(word)
+    return flags
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import as_completed
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 from harness import checkpoint
 from harness.errors import UserError
@@ -17,8 +18,9 @@ from study import mixes
 
 HERE = Path(__file__).parent.parent
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # opened here: a child that was just forked had better not
-PLACE = ("output_folder", "resume", "overwrite")  # flags that `train` adds
+PLACE = {"--output-folder", "--resume", "--overwrite"}  # flags that `train` adds
 _training = set()  # processes at work
+_stopping = Event()  # set once they are to end
 
 
 class Sweep:
@@ -93,9 +95,12 @@ def in_turn(pool, jobs, done, runs, task):
         except BaseException as error:
             if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
                 print("stopped: what is trained is kept, the same command goes on", file=sys.stderr)
+            _stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(_training):
                 process.terminate()  # it saves, and goes on when the comparison does
+            pool.shutdown()  # waits for them
+            _stopping.clear()
             raise
 
 
@@ -109,34 +114,44 @@ def _duration(seconds):
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def is_other(run, command):
-    """Whether a run's folder holds what another command began to train: its checkpoint says which."""
-    kept = _kept(run)
-    began = checkpoint.load(kept, "vqvae").get("command") if kept else None
-    return began is not None and _trained_by(began) != _trained_by(command)
+def checkpoints(run):
+    """The paths of a run's checkpoints that are there, the last one first."""
+    return [run / name for name in ("last.pt", "best.pt") if (run / name).exists()]
 
 
-def _kept(run):
-    """The checkpoint that says what a run's folder holds: the last one, or best.pt where it was removed; or None."""
-    return next((run / name for name in ("last.pt", "best.pt") if (run / name).exists()), None)
+def differences(contents, command):
+    """Flags in which a checkpoint's run differs from what a command trains, "--k 16, now 32".
+
+    contents: of the checkpoint: the command that began the run, and the values of all flags, defaults included.
+    """
+    (script, then), (other, now) = ((words[0], mixes.given(words)) for words in (contents["command"], command))
+    differ = [] if script == other else [f"{script}, now {other}"]
+    for flag in sorted({*then, *now} - PLACE):
+        if flag not in then:  # whose default may be what is now given
+            default = contents["args"].get(flag[2:].replace("-", "_"))
+            then[flag] = "" if default is True else default
+        if then[flag] != now.get(flag):
+            differ.append(f"{flag} {_text(then[flag])}, now {_text(now.get(flag, 'not given'))}")
+    return differ
 
 
-def _trained_by(command):
-    """What `mixes.meaning` says of a command, whatever folder it goes to, and whether it goes on there."""
-    script, flags = mixes.meaning(command)
-    flags["data_folder"] = flags["data_folder"] and os.path.realpath(flags["data_folder"])
-    return script, {name: value for name, value in flags.items() if name not in PLACE}
+def _text(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _load(path):
+    return checkpoint.load(path, "vqvae", {"command": list, "args": dict, "counters": {"step": int}})
 
 
 def check(run, command):
-    """UserError where the folder holds a run of other flags that has been trained for a step or more.
-
-    A command with a wrong flag ends the script.
-    """
-    mixes.meaning(command)
-    if is_other(run, command) and checkpoint.load(_kept(run), "vqvae")["counters"]["step"]:
-        raise UserError(f"{run} was trained with other flags: give another --output")
-    if (run / "best.pt").exists() and not (run / "last.pt").exists() and not (run / "results.json").exists():
+    """UserError where the folder holds a run of other flags that has been trained for a step or more."""
+    found = checkpoints(run)
+    for path in found:
+        contents = _load(path)
+        differ = differences(contents, command)
+        if differ and contents["counters"]["step"]:
+            raise UserError(f"{path} was trained with other flags ({'; '.join(differ)}): give another --output")
+    if found == [run / "best.pt"] and not (run / "results.json").exists():
         raise UserError(f"{run} was not done and has lost its last.pt: remove it, and it is trained anew")
 
 
@@ -144,25 +159,30 @@ def train(run, command, threads):
     """An ordinary run in its own folder, what it prints in output.txt: done once, resumed if it was cut off.
 
     Raises:
-        UserError: training failed.
+        UserError: training failed for a reason that a user can mend. RuntimeError: it has a bug, with its traceback.
     """
     if (run / "results.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
-    how = "--overwrite" if is_other(run, command) else "--resume"
+    how = "--overwrite" if any(differences(_load(path), command) for path in checkpoints(run)) else "--resume"
     # Without the job's id, which a run would add to its name: a comparison goes on in another job where it stopped.
     environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
     environment["OMP_NUM_THREADS"] = str(threads)
     # In a session of its own: Ctrl-C reaches this process, which stops all runs, and not each of them as well.
     with open(run / "output.txt", "a") as output, subprocess.Popen(
-            [sys.executable, str(HERE / command[0]), *command[1:], how, "--output-folder",
-             str(run.relative_to("models"))], stdout=output, stderr=subprocess.PIPE, text=True, env=environment,
-            start_new_session=True, preexec_fn=partial(end_with, os.getpid())) as process:
+            [sys.executable, str(HERE / command[0]), *command[1:], how,
+             f"--output-folder={run.relative_to('models')}"], stdout=output, stderr=subprocess.PIPE, text=True,
+            env=environment, start_new_session=True, preexec_fn=partial(end_with, os.getpid())) as process:
         _training.add(process)
-        errors = process.communicate()[1].strip().splitlines() or ["training failed"]
+        if _stopping.is_set():  # since the pool began this one
+            process.terminate()
+        errors = process.communicate()[1]
         _training.discard(process)
+    if process.returncode and "Traceback (most recent call last)" in errors:
+        raise RuntimeError(f"{run} failed:\n{errors}")
     if process.returncode:
-        raise UserError(f"{run}: {next((line for line in errors if ': error: ' in line), errors[-1])}")
+        lines = errors.strip().splitlines() or ["training failed"]
+        raise UserError(f"{run}: {next((line for line in lines if ': error: ' in line), lines[-1])}")
 
 
 def end_with(parent):

@@ -9,7 +9,7 @@ import torch
 from conftest import call
 from test_bad_input import EVALUATE, RECONSTRUCT, SMALL, check, folder, trained  # noqa: F401 (fixtures)
 
-import compare
+from study import measuring
 
 BEST = "models/a/best.pt"
 PRIOR = ("pixelcnn_prior.py", *SMALL[4:], "--output-folder", "prior", "--model", "models/a/best.pt")
@@ -105,4 +105,4 @@ def test_a_folder_that_gained_an_image_holds_out_others(folder):  # noqa: F811
     for run in "ab":
         shutil.copytree(folder / "models" / run, folder / "models" / "sweep" / run)
     with pytest.raises(ValueError, match="were trained on other files"):
-        compare.open_split([folder / "models" / "sweep" / run for run in "ba"], "valid", [], "cpu")
+        measuring.open_split([folder / "models" / "sweep" / run for run in "ba"], "valid", [], "cpu")

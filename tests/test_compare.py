@@ -1,5 +1,7 @@
 """compare.py: sweeps that go on where they stopped, figures that are never stale, and tables."""
+import csv
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -9,12 +11,11 @@ import torch
 from conftest import call, write_images
 from PIL import Image
 
-import compare
 from harness import checkpoint
-from harness.batches import Batches
 from losses import TERMS
 from metrics import IMAGE_METRICS
-from study.runs import Sweep
+from study import measuring
+from study.tables import MEAN_OF_JUDGES
 
 FLAGS = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",
          "--num-epochs", "1", "--device", "cpu", "--output", "sweep")
@@ -38,39 +39,47 @@ def folder(swept, tmp_path):
 
 def test_a_sweep_trains_each_run_once_and_goes_on_where_it_stopped(folder):
     sweep = folder / "models" / "sweep"
-    runs = {name: sweep / f"{name}-seed0" for name in ("mse", "l1+0.5ssim")}
+    runs = {name: sweep / f"{name}-seed0" for name in ("mse", "l1,ssim=0.5")}
     written = {name: os.stat(run / "best.pt").st_mtime_ns for name, run in runs.items()}
     one, two = (checkpoint.load(run / "best.pt", "vqvae") for run in runs.values())
     assert two["loss"]["weights"] == {"l1": 1., "ssim": 0.5}
     assert one["args"]["seed"] == two["args"]["seed"] and one["counters"]["step"] == two["counters"]["step"]
 
     # A second sweep over more repeats nothing; a run that was cut off goes on.
-    (runs["l1+0.5ssim"] / "results.json").unlink()
+    (runs["l1,ssim=0.5"] / "results.json").unlink()
     code, out, err = call(folder, "compare.py", "--losses", "l1=1,ssim=0.5", "--seeds", "2", "--jobs", "2", *FLAGS,
                           "--output", "models/sweep/")
     assert code == 0, err
     assert {name: os.stat(run / "best.pt").st_mtime_ns for name, run in runs.items()} == written
     table = json.loads((sweep / "table.json").read_text())
-    assert [row["loss"] for row in table["table"]] == ["mse", "l1+0.5ssim"] and len(table["runs"]) == 4
-    assert "±" in table["table"][1]["psnr"] and "[" in table["against"][1]["psnr - baseline"]
-    assert table["against"][0]["psnr - baseline"] == "+0 [+0, +0]" and "valid: 6 images" in out
-    assert table["against"][0]["frechet_distance/effnet-lite0 / baseline"] == "1 [1, 1]"
-    assert "report FID / mse" not in table["against"][0]  # but with --preset report
-    assert (sweep / "table.csv").read_text().startswith("loss,mse,psnr")
-    assert "| l1+0.5ssim" in (sweep / "table.md").read_text()
+    assert [row["loss"] for row in table["table"]] == ["mse", "l1,ssim=0.5"] and len(table["runs"]) == 4
+    of_baseline, of_mix = table["against"]
+    assert of_baseline["psnr - baseline"] == {"mean": 0, "sd": 0, "low": 0, "high": 0, "n": 2, "images low": 0,
+                                              "images high": 0}
+    assert of_baseline["frechet_distance/effnet-lite0 / baseline"]["low"] == of_baseline[MEAN_OF_JUDGES]["mean"] == 1
+    psnr = of_mix["psnr - baseline"]
+    assert psnr["n"] == 2 and psnr["low"] < psnr["mean"] < psnr["high"] and psnr["images low"] < psnr["images high"]
+    by_seed = {(row["loss"], row["seed"]): row["psnr"] for row in table["runs"]}
+    assert psnr["mean"] == pytest.approx(sum(by_seed["l1,ssim=0.5", i] - by_seed["mse", i] for i in (0, 1)) / 2)
+    assert "report FID / mse" not in of_mix  # but with --preset report
+    for name in ("table", "matrix", "cosines"):
+        for row in csv.DictReader((sweep / f"{name}.csv").read_text().splitlines()):
+            assert all(math.isfinite(float(value)) for column, value in row.items() if column not in ("loss", "cosine"))
+    text = (sweep / "table.md").read_text()
+    assert text in out and "| l1,ssim=0.5" in text and " ± " in text and "valid: 6 images" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert max(map(len, tables)) <= 120
     assert Image.open(sweep / "picture.png").size[1] > 6 * 96 and Image.open(sweep / "pareto.png").size[0] > 1000
-    assert all(value == "1.000" for term, value in table["matrix"][0].items() if term != "loss")
-    assert "ms-ssim" not in table["matrix"][0]  # images of 16 pixels are too small for it
+    assert all(value == 1 for term, value in table["matrix"][0].items() if term != "loss")
+    assert "ms-ssim" not in table["matrix"][0] and "Loss terms not measured: ms-ssim needs sides" in text
     assert "epoch 1/1" in (runs["mse"] / "output.txt").read_text()
 
 
 def test_what_another_command_trained_is_refused(folder):
     code, _, err = call(folder, "compare.py", "--losses", "mse", *FLAGS, "--k", "32")
-    assert code == 2 and "other flags" in err
+    assert code == 2 and "other flags (--k 16, now 32)" in err
     code, _, err = call(folder, "compare.py", "--losses", "mse", *FLAGS)
-    assert code == 2 and "a comparison that has l1+0.5ssim: give another --output" in err
-    code, _, err = call(folder, "compare.py", "--losses", "mse", *FLAGS, "--output", "bad", "--lr", "0")
-    assert code == 2 and "--lr" in err
+    assert code == 2 and "a comparison that has l1,ssim=0.5: give another --output" in err
     code, _, err = call(folder, "compare.py", "--losses", "l1=1,ssim=0.5", *FLAGS, "--features", "classifier")
     assert code == 2 and "--features classifier needs a data set with at least two classes" in err
 
@@ -78,10 +87,9 @@ def test_what_another_command_trained_is_refused(folder):
 @pytest.mark.parametrize("flags, says", [
     (("--seed", "3"), "--seed is set by this script"), (("--recipe", "mse"), "--recipe is set by this script"),
     (("--ssim-weight", "3"), "--losses mse=1,ssim=3"), (("--ssim-weight=3",), "--losses mse=1,ssim=3"),
-    (("--ssim-w", "3"), "unrecognized arguments"), (("--vqgan-flags", "--mse-weight 2"), "weights stand in a mix"),
+    (("--vqgan-flags", "--mse-weight 2"), "weights stand in a mix"),
     (("--vqgan-flags", "--disc-weight 0.1"), "weights stand in a mix"),
     (("--rates", "ssim=1"), "--rates takes"),
-    (("--baseline", "vqgan", "--vqgan-flags", "--disc-starts 1"), "unrecognized arguments: --disc-starts"),
     (("--dataset", "photos", "--image-size", "16", "--features", "classifier"), "at least two classes"),
     (("--rates", "k=8"), "two or more different rates"),
     (("--rates", "k=8", "k=8"), "two or more different rates"),
@@ -93,9 +101,30 @@ def test_flags_that_would_be_ignored_are_refused_before_anything_is_trained(tmp_
     assert code == 2 and says in err and not (tmp_path / "models").exists()
 
 
+@pytest.mark.parametrize("flags, says", [
+    (("--ssim-w", "3"), "vqvae.py: error: unrecognized arguments: --ssim-w 3"), (("--lr", "0"), "argument --lr"),
+    (("--baseline", "mse", "mse,vqgan", "--vqgan-flags", "--disc-starts 1"),
+     "models/sweep/mse,vqgan-seed0: vqgan.py: error: unrecognized arguments: --disc-starts")])
+def test_flags_that_a_script_refuses_end_the_first_run(tmp_path, flags, says):
+    write_images(tmp_path, 60)
+    code, _, err = call(tmp_path, "compare.py", "--losses", "mse", *FLAGS, *flags)
+    assert code == 2 and says in err and err.count("\n") == 1, err
+    assert not list(tmp_path.rglob("best.pt"))
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_term_with_a_bug_is_never_left_out(folder, monkeypatch, error):
+    def buggy(x_tilde, x):
+        raise error("my bug")
+    monkeypatch.setitem(TERMS, "buggy", buggy)
+    with pytest.raises(error, match="my bug"):
+        call(folder, "compare.py", "--losses", "l1=1,ssim=0.5", *FLAGS)
+
+
 def test_kept_figures_never_survive_a_change(folder, monkeypatch):
-    measured, measure_run = [], compare.measure_run
-    monkeypatch.setattr(compare, "measure_run", lambda run: measured.append(run.name) or measure_run(run))
+    measured, measure_run = [], measuring.measure_run
+    monkeypatch.setattr(measuring, "measure_run",
+                        lambda run, **how: measured.append(run.name) or measure_run(run, **how))
 
     def compared(*flags):
         measured.clear()
@@ -103,7 +132,7 @@ def test_kept_figures_never_survive_a_change(folder, monkeypatch):
         assert code == 0, err
         tables = folder / "models" / "sweep" / ("test" if "test" in flags else "")
         return sorted(measured), {row["loss"]: row for row in json.loads((tables / "table.json").read_text())["runs"]}
-    both = ["l1+0.5ssim-seed0", "mse-seed0"]
+    both = ["l1,ssim=0.5-seed0", "mse-seed0"]
     nothing, valid = compared()
     assert nothing == []
     again, test = compared("--split", "test")
@@ -116,7 +145,7 @@ def test_kept_figures_never_survive_a_change(folder, monkeypatch):
     contents["model"]["encoder.0.weight"] += 0.1
     checkpoint.save(best, "vqvae", contents)
     assert compared()[0] == ["mse-seed0"]
-    monkeypatch.setattr(compare, "VERSION", compare.VERSION + 1)
+    monkeypatch.setattr(measuring, "VERSION", measuring.VERSION + 1)
     assert compared()[0] == both
     (folder / "images" / "0.png").touch()
     assert compared()[0] == both
@@ -134,44 +163,17 @@ def test_rates_and_several_judges(tmp_path):
                           "k=4", "k=32", "--features", "effnet-lite0", "classifier", *FLAGS)
     assert code == 0, err
     table = json.loads((tmp_path / "models/sweep/table.json").read_text())
-    names = ["5mse,lr=0.001,k=4", "5mse,lr=0.001,k=32"]
+    names = ["mse=5,lr=0.001,k=4", "mse=5,lr=0.001,k=32"]
     assert [row["loss"] for row in table["table"]] == [row["baseline"] for row in table["against"]] == names
     found = checkpoint.load(tmp_path / f"models/sweep/{names[0]}-seed0/best.pt", "vqvae")
     assert found["args"]["lr"] == 1e-3 and found["loss"]["weights"] == {"mse": 5.} and found["model_args"]["K"] == 4
     judged = {"frechet_distance/effnet-lite0", "frechet_distance/classifier", "sliced_wasserstein/effnet-lite0"}
-    assert judged | {"accuracy/classifier"} < set(table["table"][0])
-    assert [row["loss"] for row in table["rates"]] == ["5mse,lr=0.001"]
-    assert Image.open(tmp_path / "models/sweep/rates.png").size == (5 * 450, 450) and "rates.png" in out
-    assert all("one seed" in value or "none: " in value for name, value in table["rates"][0].items() if name != "loss")
+    assert judged | {"kernel_distance/effnet-lite0", "accuracy/classifier"} < set(table["table"][0])
+    assert [row["loss"] for row in table["rates"]] == ["mse=5,lr=0.001"]
+    assert Image.open(tmp_path / "models/sweep/rates.png").size[0] >= 4 * 450 and "rates.png" in out
+    assert all(saved["n"] < 2 and saved["sd"] is None for name, saved in table["rates"][0].items() if name != "loss")
     assert all(row[key] > 0 for row in table["runs"] for key in judged)
     assert all(row["frechet_distance"] == row["frechet_distance/effnet-lite0"] for row in table["runs"])
-
-
-def test_delta_rates_are_those_of_the_curves():
-    sweep = Sweep([{"l1": 1.}], [{"mse": 1.}], ["k=4", "k=16", "k=64"], 2)
-    figures = {}
-    for seed in sweep.seeds:
-        for bits, rate in enumerate(sweep.rates, 1):  # quality b at rate b: 90% of the bits, and one unit of distance
-            figures[f"mse,{rate}", seed] = {"bits_per_pixel": bits, "psnr": 20 + bits, "ssim": bits / 9,
-                                            "saturation_ratio": bits / 3, "d": 1 / bits}
-            figures[f"l1,{rate}", seed] = figures[f"mse,{rate}", seed] | {"bits_per_pixel": (0.9 - seed / 10) * bits,
-                                                                          "ssim": 2 + bits}
-    row = compare.delta_rates(sweep, figures, ["d"])[1]
-    half = 12.706 * 5  # Student's t at one degree of freedom, of -10 and -20
-    for key in ("psnr", "saturation_ratio", "d"):
-        assert row["loss"] == "l1" and row[f"% bits at equal {key}"] == f"-15 [{-15 - half:+.3g}, {-15 + half:+.3g}]"
-    assert "do not overlap" in row["% bits at equal ssim"]
-
-
-def test_gradient_cosines_are_those_of_the_pixel_terms():
-    # d mse ~ x_tilde - x, d l1 ~ its sign: at x = 0 and x_tilde = v, cos = sum |v| / sqrt(n sum v^2).
-    v = torch.rand(4, 3, 24, 24) * 0.8 + 0.1
-    batches = Batches(torch.zeros(4, 24, 24, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), 4)
-    rows = compare.gradient_cosines(lambda x: (x + v,), batches)
-    flat = v.flatten(1)
-    expected = (flat.sum(1) / (flat.shape[1] * flat.square().sum(1)).sqrt()).mean()
-    assert float(rows[0]["l1"]) == pytest.approx(float(expected), abs=0.006) and rows[1]["l1"] == "1.00"
-    assert [row["cosine"] for row in rows] == list(rows[0])[1:] == list(TERMS)
 
 
 def test_vqgan_is_a_mix_and_time_a_budget(tmp_path):
@@ -179,11 +181,11 @@ def test_vqgan_is_a_mix_and_time_a_budget(tmp_path):
     code, out, err = call(tmp_path, "compare.py", "--losses", "vqgan", *FLAGS, "--minutes", "0.02", "--vqgan-flags",
                           "--disc-start 1 --disc-hidden-size 8")
     assert code == 0, err
-    for name, kind in (("mse", "vqvae"), ("vqgan", "vqvae")):
+    for name, kind in (("mse", "vqvae"), ("mse,vqgan", "vqvae")):
         run = tmp_path / "models" / "sweep" / f"{name}-seed0"
         trained, results = checkpoint.load(run / "best.pt", kind), json.loads((run / "results.json").read_text())
         assert trained["args"]["minutes"] == 0.02 and results["train_seconds"] >= 1.2
-        assert ("discriminator" in trained) == (name == "vqgan")
+        assert ("discriminator" in trained) == (name != "mse")
     assert "epoch 1 " in (run / "output.txt").read_text()
 
 

@@ -5,9 +5,8 @@ import pytest
 from conftest import call
 from PIL import Image
 
-import compare
 from harness import report
-from study import lengths
+from study import estimates, lengths, tables
 from study.runs import Sweep
 
 
@@ -18,11 +17,11 @@ def compared(folder, name, epochs, values, losses=({"mse": 1.}, {"l1": 1.}), **f
     for made in (path, run):
         made.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps({"num_epochs": epochs, "minutes": None, "k": 8} | flags))
-    sweep, keys = Sweep(list(losses), [{"mse": 1.}], [""], len(values)), (*compare.DIFFERENCES, "judge")
-    figures = {(loss, seed): dict.fromkeys(keys, value if loss == "l1" else 1.) | {"trained_through": None}
-               for loss in sweep.mixes for seed, value in enumerate(values)}
-    rows = compare.against_baselines(sweep, figures, ["judge"], False)
-    report.write_tables(path, {"against": (rows, "")}, [{"loss": loss, "seed": seed} for loss, seed in figures])
+    sweep, judged = Sweep(list(losses), [{"mse": 1.}], [""], len(values)), ["frechet_distance/x"]
+    figures = {(loss, seed): dict.fromkeys([*tables.DIFFERENCES, *judged], value if loss == "l1" else 1.) | {
+        "trained_through": None} for loss in sweep.mixes for seed, value in enumerate(values)}
+    rows = tables.against_baselines(sweep, figures, dict.fromkeys(figures, {}), judged)
+    estimates.write_tables(path, {"against": (rows, "")}, [{"loss": loss, "seed": seed} for loss, seed in figures])
 
 
 def test_a_plot_has_a_point_for_each_length(tmp_path, monkeypatch):
@@ -36,8 +35,8 @@ def test_a_plot_has_a_point_for_each_length(tmp_path, monkeypatch):
     assert how == {"log_ticks": [4, 12]} and set(panels) == set(lengths.PANELS)
     for title, values in zip(lengths.PANELS, ((0.3 ** 0.5, 0.75), (-0.45, -0.25), (-0.45, -0.25))):
         (name, ((_, one, low, high), (_, mean, *interval))), = panels[title].items()
-        assert name == "l1 beside mse" and one == values[1] and low != low and high != high
-        assert mean == pytest.approx(values[0], abs=1e-3) and interval[0] < mean < interval[1]
+        assert name == "l1 against mse" and one == values[1] and low != low and high != high
+        assert mean == pytest.approx(values[0], rel=1e-9) and interval[0] < mean < interval[1]
     assert Image.open(tmp_path / "plot.png").size[0] > 1000
 
 
@@ -47,8 +46,26 @@ def test_bad_input_is_one_line(tmp_path):
     for name, flags in (("four", {}), ("again", {}), ("other", {"k": 16}), ("cut", {})):
         compared(tmp_path, name, 12 if name == "other" else 4, [1., 1.], **flags)
     (tmp_path / "models" / "cut" / "table.json").write_text("{}")
+    for name in ("damaged", "old"):
+        compared(tmp_path, name, 4, [1., 1.])
+        table = json.loads((tmp_path / "models" / name / "table.json").read_text())
+        table["against"][1]["psnr - baseline"] = {"mean": "x"} if name == "damaged" else "+0 [+0, +0]"
+        (tmp_path / "models" / name / "table.json").write_text(json.dumps(table))
     for names, words in (("minutes", "for minutes"), ("alone", "with itself"), ("cut", "does not hold all"),
+                         ("damaged", "does not hold all"), ("old", "does not hold all"),
                          ("none", "none/table.json"), ("four again", "both of 4 epochs"), ("four other", "another k")):
         code, _, err = call(tmp_path, "study/lengths.py", *names.split())
         assert code == 2 and words in err and err.count("\n") == 1, err
     assert not (tmp_path / "lengths.png").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"weights", b"PK\x03\x04", None])
+def test_a_file_that_is_no_picture_is_never_replaced(tmp_path, content):
+    compared(tmp_path, "four", 4, [1., 1.])
+    path = tmp_path / "best.pt"
+    path.mkdir() if content is None else path.write_bytes(content)
+    code, _, err = call(tmp_path, "study/lengths.py", "four", "--output", "best.pt")
+    assert code == 2 and "best.pt is no PNG file and would be replaced" in err and err.count("\n") == 1
+    assert path.is_dir() if content is None else path.read_bytes() == content
+    for _ in range(2):  # a picture is
+        assert call(tmp_path, "study/lengths.py", "four", "--output", "plot.png")[0] == 0

@@ -14,19 +14,20 @@ from conftest import HERE, at_work, write_images
 
 import experiment
 from harness import checkpoint
+from harness.errors import UserError
 from study import mixes, runs
 
 
 def test_each_rate_has_the_best_of_the_baselines_at_that_rate():
     planned = runs.Sweep([{"ssim": 1.}], [{"mse": 1.}, {"mse": 5.}], ["k=8", "k=16"], 2)
-    assert list(planned.mixes) == ["mse,k=8", "mse,k=16", "5mse,k=8", "5mse,k=16", "ssim,k=8", "ssim,k=16"]
+    assert list(planned.mixes) == ["mse,k=8", "mse,k=16", "mse=5,k=8", "mse=5,k=16", "ssim,k=8", "ssim,k=16"]
     assert planned.mixes["ssim,k=8"] == {"ssim": 1., "k": 8} and planned.baseline_of("ssim,k=16") == "mse,k=16"
     figures = {(name, seed): {"frechet_distance": 10. + seed, "other": 1.}
                for name in planned.mixes for seed in planned.seeds}
-    figures["5mse,k=16", 0]["frechet_distance"] = 5.
+    figures["mse=5,k=16", 0]["frechet_distance"] = 5.
     figures["ssim,k=16", 0]["frechet_distance"] = 2.
     planned.choose_baselines(figures, ["frechet_distance", "other"])
-    assert planned.baseline_of("ssim,k=8") == "mse,k=8" and planned.baseline_of("mse,k=16") == "5mse,k=16"
+    assert planned.baseline_of("ssim,k=8") == "mse,k=8" and planned.baseline_of("mse,k=16") == "mse=5,k=16"
     assert planned.against_baseline(figures, "ssim,k=16", "frechet_distance", lambda a, b: a / b) == [0.4, 1.]
 
 
@@ -51,27 +52,61 @@ def test_one_failure_ends_the_rest():
         runs.in_turn(ThreadPoolExecutor(1), 1, "x", {("bad", 0): 1, ("b", 0): 2}, lambda key: (fail, key))
 
 
+def began(path, command, step=1, **args):
+    checkpoint.save(path, "vqvae", {"counters": {"step": step}, "command": command, "args": args})
+
+
 def test_a_command_that_never_trained_locks_nothing(tmp_path):
     one, two = (mixes.command_of({"mse": 1.}, 0, ["--lr", lr], []) for lr in ("1e-3", "2e-3"))
     runs.check(tmp_path, two)
     for step in (0, 1):
-        checkpoint.save(tmp_path / "last.pt", "vqvae", {"counters": {"step": step}, "command": one})
+        began(tmp_path / "last.pt", one, step)
         runs.check(tmp_path, one)
         if not step:
             runs.check(tmp_path, two)
-    with pytest.raises(ValueError, match="other flags"):
+    with pytest.raises(ValueError, match="other flags .--lr 0.001, now 0.002.: give another --output"):
         runs.check(tmp_path, two)
+
+
+def test_what_a_command_does_not_say_is_compared_by_its_value(tmp_path):
+    began(tmp_path / "last.pt", mixes.command_of({"mse": 1.}, 0, ["--compile"], []), k=512, compile=True)
+    for flags, says in (([], "--compile , now not given"), (["--compile", "--k", "64"], "--k 512, now 64"),
+                        (["--compile", "--minutes", "1"], "--minutes None, now 1")):
+        with pytest.raises(ValueError, match=says):
+            runs.check(tmp_path, mixes.command_of({"mse": 1.}, 0, flags, []))
+    runs.check(tmp_path, mixes.command_of({"mse": 1.}, 0, ["--compile", "--k", "512", "--output-folder", "x"], []))
+    with pytest.raises(ValueError, match="vqvae.py, now vqgan.py"):
+        runs.check(tmp_path, mixes.command_of({"vqgan": 1.}, 0, ["--compile"], []))
+
+
+def test_a_best_checkpoint_of_another_run_is_noticed(tmp_path):
+    one, two = (mixes.command_of({"mse": 1.}, seed, [], []) for seed in (0, 1))
+    began(tmp_path / "last.pt", one)
+    began(tmp_path / "best.pt", two)
+    with pytest.raises(ValueError, match="best.pt was trained with other flags .--seed 1"):
+        runs.check(tmp_path, one)
 
 
 def test_a_run_of_a_recipe_that_has_changed_since_is_another(tmp_path, monkeypatch):
     def command():
         return mixes.command_of({"recipe": "recommended"}, 0, [], [])
-    checkpoint.save(tmp_path / "last.pt", "vqvae", {"counters": {"step": 1}, "command": command()})
+    began(tmp_path / "best.pt", command())  # the last one removed to free the disk
+    (tmp_path / "results.json").write_text("{}")
     runs.check(tmp_path, command())
     monkeypatch.setitem(experiment.RECIPES, "recommended", f"{experiment.RECIPES['recommended']} --batch-size 32")
-    (tmp_path / "last.pt").rename(tmp_path / "best.pt")  # the other one removed to free the disk
     with pytest.raises(ValueError, match="other flags"):
         runs.check(tmp_path, command())
+
+
+def test_a_bug_in_a_run_keeps_its_traceback_and_what_a_user_can_mend_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "HERE", tmp_path)
+    (tmp_path / "vqvae.py").write_text("def loss():\n    raise ValueError('my bug')\nloss()")
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*vqvae.py\", line 2, in loss.*ValueError: my bug"):
+        runs.train(Path("models/a/mse-seed0"), ["vqvae.py"], 1)
+    (tmp_path / "vqvae.py").write_text("import sys\nsys.exit('warning: x\\nvqvae.py: error: too small\\nbye')")
+    with pytest.raises(UserError, match="^models/a/mse-seed0: vqvae.py: error: too small$"):
+        runs.train(Path("models/a/mse-seed0"), ["vqvae.py"], 1)
 
 
 def test_a_command_that_is_refused_leaves_known_what_was_trained(tmp_path, monkeypatch):
@@ -85,10 +120,12 @@ def test_a_command_that_is_refused_leaves_known_what_was_trained(tmp_path, monke
     (run / "results.json").unlink()  # as in its last epoch
     contents = checkpoint.load(run / "last.pt", "vqvae")
     checkpoint.save(run / "last.pt", "vqvae", contents | {"counters": contents["counters"] | {"step": 0}})
+    best = (run / "best.pt").rename(tmp_path / "best.pt")
     runs.check(run, two)
     with at_work(run), pytest.raises(ValueError, match="in use"):
         runs.train(run, two, 1)
     checkpoint.save(run / "last.pt", "vqvae", contents)
+    best.rename(run / "best.pt")
     runs.check(run, one)
     runs.check(run, ["images/" if part == "images" else part for part in one])
     with pytest.raises(ValueError, match="other flags"):
@@ -138,8 +175,8 @@ def test_measuring_ends_with_the_comparison_that_started_it():
         import os, time
         from concurrent.futures import ProcessPoolExecutor
         from unittest import mock
-        import compare
-        from study import runs
+        from pathlib import Path
+        from study import measuring
 
         def measure(pool, jobs, *_):
             for process in [pool.submit(os.getpid) for _ in range(jobs)]:
@@ -148,9 +185,9 @@ def test_measuring_ends_with_the_comparison_that_started_it():
             time.sleep(600)
 
         if __name__ == "__main__":
-            with mock.patch.object(compare, "in_turn", measure), \\
-                    mock.patch.object(compare.checkpoint, "digest", lambda _: ""):
-                compare.measure_runs({("a", 0): compare.Path("a")}, None, {}, {"split": "valid"}, 2, 1)"""
+            with mock.patch.object(measuring, "in_turn", measure), \\
+                    mock.patch.object(measuring.checkpoint, "digest", lambda _: ""):
+                measuring.measure_runs({("a", 0): Path("a")}, None, {}, {"split": "valid"}, 2, 1)"""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True, stdout=subprocess.PIPE)
     measuring = [int(number) for number in process.stdout.readline().split()]
     process.kill()

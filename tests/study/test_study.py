@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from conftest import HERE
+from test_mixes import seen
 
 import compare
 from study import mixes
@@ -33,7 +34,7 @@ def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions
         losses = mixes.PRESETS[args.preset]() if args.preset else map(mixes.parse_mix, args.losses)
         sweep = Sweep(list(losses), list(map(mixes.parse_mix, args.baseline)), args.rates, args.seeds)
         for mix in sweep.mixes.values():
-            mixes.meaning(mixes.command_of(mix, 0, flags, args.vqgan_flags))
+            seen(mixes.command_of(mix, 0, flags, args.vqgan_flags))
         splits.append(args.split)
     assert splits.count("test") == 2  # the claim, at two lengths
     plot, = (command for command in found if command[:2] == ["-m", "study.lengths"])

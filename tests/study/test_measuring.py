@@ -1,0 +1,34 @@
+"""What is measured of the runs of a comparison."""
+import pytest
+import torch
+
+from harness.batches import Batches
+from harness.errors import UserError
+from losses import TERMS
+from study import measuring
+
+
+def test_gradient_cosines_are_those_of_the_pixel_terms():
+    # d mse ~ x_tilde - x, d l1 ~ its sign: at x = 0 and x_tilde = v, cos = sum |v| / sqrt(n sum v^2).
+    v = torch.rand(4, 3, 24, 24) * 0.8 + 0.1
+    batches = Batches(torch.zeros(4, 24, 24, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), 4)
+    rows = measuring.gradient_cosines(lambda x: (x + v,), batches)
+    flat = v.flatten(1)
+    expected = (flat.sum(1) / (flat.shape[1] * flat.square().sum(1)).sqrt()).mean()
+    assert rows[0]["l1"] == pytest.approx(float(expected), abs=0.006) and rows[1]["l1"] == 1
+    assert [row["cosine"] for row in rows] == list(rows[0])[1:] == list(TERMS)
+
+
+def test_terms_that_do_not_take_the_images_say_why_and_a_bug_is_none_of_them(monkeypatch):
+    names, refused = measuring.terms_for(torch.zeros(1, 1, 16, 16))
+    assert "ms-ssim" not in names and "more than 20 pixels" in refused["ms-ssim"] and "3 channels" in refused["chroma"]
+    assert {*names, *refused} == set(TERMS) and {"mse", "ssim"} <= set(names)
+
+    def buggy(x_tilde, x):
+        raise kind("mine")
+    monkeypatch.setitem(TERMS, "toy", buggy)
+    for kind in (ValueError, IndexError):
+        with pytest.raises(kind, match="mine"):
+            measuring.terms_for(torch.zeros(1, 3, 32, 32))
+    kind = UserError
+    assert measuring.terms_for(torch.zeros(1, 3, 32, 32))[1]["toy"] == "mine"
