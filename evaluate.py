@@ -1,4 +1,4 @@
-"""Evaluate VQ-VAEs on a split: one table with intervals, one picture, one JSON file."""
+"""Evaluate VQ-VAEs on a split: tables with intervals, a picture and a JSON file; or a prior by the classes it draws."""
 from pathlib import Path
 
 import torch
@@ -8,80 +8,125 @@ import metrics
 from harness import checkpoint, cli, report
 from harness.errors import UserError
 from harness.folder import holds_run
-from metrics import measure, reported
-from modules import VectorQuantizedVAE
-from study.judges import FEATURES, OWN_JUDGE, Judge, no_judge, open_judged, trained_through
+from modules import GatedPixelCNN, VectorQuantizedVAE
+from priors.first_stage import add_drawing_arguments, check_classes, check_vqvae
+from study.distances import frechet_distance
+from study.estimates import over_images
+from study.judges import FEATURES, OWN_JUDGE, Judge, no_judge, open_judged, open_network, trained_through
+from study.tables import JUDGES_SAY, judged_keys, mark, mean_ratio
 
-PICTURES = 12
+PICTURES = 10
+COUNTERS = {"counters": {"epoch": int, "step": int}}  # what is read of a checkpoint, with `datasets.FACTS`
 
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--model", nargs="+", type=cli.path, required=True, metavar="PT",
-                        help="checkpoints of vqvae.py, or folders of its runs")
-    parser.add_argument("--data-folder", type=cli.path, help="(default the first model's)")
+    parser.add_argument("--model", nargs="+", type=cli.path, metavar="RUN", help="runs of vqvae.py or vqgan.py: their "
+                        "folders, or checkpoints in them (with --prior, default the one whose codes it draws)")
+    parser.add_argument("--baseline", type=cli.path, metavar="RUN", help="the run that the others are compared with: "
+                        "differences are run - baseline, ratios run / baseline (default the first of --model)")
+    parser.add_argument("--data-folder", type=cli.path, help="where the images are (default the first model's)")
     parser.add_argument("--split", choices=datasets.SPLITS, default="test", help="(default %(default)s)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
-                       help=f"of {', '.join(FEATURES)}: networks that judge: the paired, kernel, Fréchet and sliced "
-                       "Wasserstein distances in their features (default effnet-lite0)")
+                       help=f"networks that judge, of {', '.join(FEATURES)}: by the paired, kernel, Fréchet and "
+                       "sliced Wasserstein distances in their features; rFID is the Fréchet distance of inception "
+                       "(default effnet-lite0)")
     group.add_argument("--no-features", action="store_true", help="leave these distances out")
-    parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default %(default)s)")
-    parser.add_argument("--num-workers", type=cli.whole, default=1, help="(default %(default)s)")
-    parser.add_argument("--device", default="auto", help="(default %(default)s)")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="images at a time (default "
+                        "%(default)s)")
+    parser.add_argument("--num-workers", type=cli.whole, default=1, help="processes that decode images where a data "
+                        "set streams from disk (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
     parser.add_argument("--output", type=cli.path, default="evaluation", metavar="FOLDER",
-                        help="(default %(default)s)")
-    return parser.parse_args()
-
-
-def _kind(facts):
-    return f"{facts['name']} {'x'.join(map(str, facts['size']))}"
+                        help="where results.json and models.png go (default %(default)s)")
+    group = parser.add_argument_group("a prior instead", "does it draw the class it is asked for, and how far from "
+                                      "real test images? A classifier trained on these judges")
+    group.add_argument("--prior", type=cli.path, metavar="RUN", help="run of pixelcnn_prior.py")
+    group.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
+    add_drawing_arguments(group)
+    group.add_argument("--seed", type=cli.whole, default=0, help="of the draws (default %(default)s)")
+    args = parser.parse_args()
+    if not args.model and not args.prior:
+        parser.error("--model or --prior is needed: name a run")
+    if args.prior and (args.baseline or len(args.model or []) > 1):
+        parser.error("--prior is judged alone: leave out --baseline and further models")
+    return args
 
 
 def main():
     args = parse_args()
-    folder = Path(args.output)
-    if holds_run(folder):
-        raise UserError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
-    results_file = folder / "results.json"
-    if results_file.exists() and "setting" not in checkpoint.load_json(results_file):
-        raise UserError(f"{results_file} is of no evaluation and would be replaced: name another --output")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is no folder: name another")
     device = cli.pick_device(args.device)
-    checkpoints = {path: checkpoint.load(path, "vqvae", datasets.FACTS)
-                   for path in map(str, map(checkpoint.resolve, args.model))}
-    first, facts = next((path, contents["data"]) for path, contents in checkpoints.items())
-    for path, contents in checkpoints.items():
-        if any(contents["data"][name] != facts[name] for name in ("name", "channels", "size")):
-            raise UserError(f"{path} was trained on {_kind(contents['data'])}, {first} on {_kind(facts)}: "
-                            "evaluate them apart")
+    if args.prior:
+        evaluate_prior(args, device)
+    else:
+        evaluate_models(args, device)
+
+
+# --- models
+
+def evaluate_models(args, device):
+    """Measure the models on one split, each against the baseline, which is the first of them."""
+    folder = checked_output(Path(args.output))
+    paths = [args.baseline, *args.model] if args.baseline else args.model
+    checkpoints = {path: checkpoint.load(path, "vqvae", datasets.FACTS | COUNTERS)
+                   for path in map(str, map(checkpoint.resolve, paths))}
+    check_one_kind(checkpoints)
+    names, (first, *others) = short_names(list(checkpoints)), checkpoints
+    facts, baseline = checkpoints[first]["data"], names[first]
     source = datasets.Source.of(checkpoints[first], args.data_folder)
     data, networks = open_judged(facts["name"], source, checkpoints, () if args.no_features else args.features, device,
                                  args.batch_size, args.num_workers)
     split = getattr(data, args.split).in_order()  # of train, every image
     judges = [Judge(name, network, split) for name, network in networks.items()]
 
-    names = short_names(list(checkpoints))
-    results, of_first, pictures = {}, {}, [metrics.as_8bit(split.examples(PICTURES))]
+    results, by_image, pictures = {}, {}, {"original": metrics.as_8bit(split.examples(PICTURES))}
     for path, contents in checkpoints.items():
-        model = VectorQuantizedVAE.rebuild(contents).to(device, memory_format=torch.channels_last)
-        values, figures = measure(model, split, judges=judges, extra=metrics.conventions_for(data.size))
-        figures["psnr_of_mean_mse"] = metrics.psnr_of_mean_mse(values["mse"])
-        of_first = of_first or values
-        results[names[path]] = figures | intervals(values, of_first) | training_cost(path) | {
+        model, name = VectorQuantizedVAE.rebuild(contents).to(device, memory_format=torch.channels_last), names[path]
+        by_image[name], figures = metrics.measure(model, split, judges=judges,
+                                                  extra=metrics.conventions_for(data.size))
+        figures["psnr_of_mean_mse"] = metrics.psnr_of_mean_mse(by_image[name]["mse"])
+        results[name] = training_of(path, contents) | figures | intervals(by_image[name]) | {
             "checkpoint": path, "trained_through": trained_through(contents["args"])}
         with torch.no_grad():
-            pictures.append(metrics.as_8bit(model(split.examples(PICTURES))[0]))
+            pictures[f"{name} (baseline)" if path == first and others else name] = metrics.as_8bit(
+                model(split.examples(PICTURES))[0])
+    judged = judged_keys(networks, results.values())
+    for name in (names[path] for path in others):
+        results[name] |= against(results[name], results[baseline], by_image[name], by_image[baseline], judged)
 
-    folder.mkdir(parents=True, exist_ok=True)
     setting = {"dataset": facts["name"], "size": facts["size"], "split": args.split, "images": len(split.labels),
-               "features": {judge.name: judge.network.description for judge in judges}}
-    checkpoint.save_json(results_file, {"setting": setting, "models": results})
+               "baseline": baseline, "judged": judged,
+               "features": {name: network.description for name, network in networks.items()}}
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_json(folder / "results.json", {"setting": setting, "models": results})
     print(f"{table(results, setting)}\n\n{conventions_table(results)}")
-    for warning in filter(None, (no_judge(judge.name, list(results.values())) for judge in judges)):
-        print(f"\n{warning}")
-    print(f"\npicture (originals, then {', '.join(results)}): {report.save_picture(folder / 'models.png', pictures)}")
+    judges_fail = filter(None, (no_judge(name, list(results.values())) for name in networks))
+    for line in (*warnings_of(results), *judges_fail):
+        print(f"\nwarning: {line}")
+    print(f"\npicture: {report.save_picture(folder / 'models.png', report.with_middles(pictures))}")
+
+
+def checked_output(folder):
+    """The folder that results go to. UserError where they would replace something else."""
+    if holds_run(folder):
+        raise UserError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
+    file = folder / "results.json"
+    if file.exists() and "setting" not in checkpoint.load_json(file):
+        raise UserError(f"{file} is of no evaluation and would be replaced: name another --output")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is no folder: name another")
+    return folder
+
+
+def check_one_kind(checkpoints):
+    """UserError where models were trained on different data sets, or on images of different sizes."""
+    kinds = {path: f"{contents['data']['name']} {'x'.join(map(str, contents['data']['size']))}, "
+             f"{contents['data']['channels']} channels" for path, contents in checkpoints.items()}
+    (first, kind), *others = kinds.items()
+    for path, other in others:
+        if other != kind:
+            raise UserError(f"{path} was trained on {other}, {first} on {kind}: evaluate them apart")
 
 
 def short_names(paths):
@@ -90,51 +135,78 @@ def short_names(paths):
     return {path: path if folders.count(folder) > 1 or not folder else folder for path, folder in zip(paths, folders)}
 
 
-def intervals(values, of_first):
-    """95% bootstrap intervals over images: "<name>_interval" of a mean, and of its difference from the first model's
-    "<name>_difference" (mean, low, high), paired by image.
-
-    Args:
-        values, of_first: {name: (N,)}, of a model and of the first.
-    """
-    differences = {name: value - of_first[name] for name, value in values.items()}
-    return {f"{name}_interval": metrics.bootstrap_interval(value) for name, value in values.items()} | {
-        f"{name}_difference": (float(value.mean()), *metrics.bootstrap_interval(value))
-        for name, value in differences.items()}
-
-
-def training_cost(path):
-    """ms a step and peak memory that the run recorded beside its checkpoint, where it did."""
-    results = Path(path).with_name("results.json")
+def training_of(path, contents):
+    """How far a run was trained, and at what cost: from its results.json or, where it is not finished, its last.pt."""
+    results, last = (Path(path).with_name(name) for name in ("results.json", "last.pt"))
     recorded = checkpoint.load_json(results) if results.exists() else {}
-    return {name: recorded.get(name, float("nan")) for name in ("ms_per_step", "peak_memory_mb")}
+    counters = contents["counters"] | {"epoch": contents["counters"]["epoch"] + 1}  # a best.pt is kept within its epoch
+    with checkpoint.complete(results):
+        finished = bool(recorded) and recorded["steps"] >= counters["step"]  # and not trained on since
+        if finished:
+            counters = {"epoch": recorded["epochs"], "step": recorded["steps"]}
+        elif last.exists():
+            counters = checkpoint.load(last, "vqvae", COUNTERS)["counters"]
+    return {"epochs": counters["epoch"], "steps": counters["step"], "finished": finished,
+            "asked_epochs": contents["args"].get("num_epochs"),
+            **{name: recorded.get(name, float("nan")) for name in ("ms_per_step", "peak_memory_mb")}}
+
+
+def warnings_of(results):
+    """A line for each model that is unfinished, or trained for less than another."""
+    longest = max(results, key=lambda name: results[name]["steps"])
+    for name, figures in results.items():
+        if not figures["finished"]:
+            yield f"{name} is unfinished: {figures['epochs']} of {figures['asked_epochs']} epochs are done"
+        elif all(figures[unit] < results[longest][unit] for unit in ("steps", "epochs")):
+            yield f"{name} was trained for {figures['steps']} steps, {longest} for {results[longest]['steps']}"
+
+
+def intervals(by_image):
+    """95% bootstrap intervals over images of the mean of each figure, "<name>_interval"."""
+    return {f"{name}_interval": metrics.bootstrap_interval(values) for name, values in by_image.items()}
+
+
+def against(ours, theirs, ours_by_image, theirs_by_image, judged):
+    """What a model's figures are against the baseline's: (value, low, high), with the 95% interval over paired images.
+
+    Returns:
+        "<name>_difference", model - baseline, of each figure that an image has; "<name>_ratio", model / baseline, of
+        the `judged`, without an interval where only a whole split has the figure; and of their geometric mean,
+        "mean_of_judges_ratio".
+    """
+    def spans(names, how):
+        pair = (torch.stack([by_image[name] for name in names], 1) for by_image in (ours_by_image, theirs_by_image))
+        return dict(zip(names, over_images(*pair, how))) if names else {}
+    differences = spans(list(ours_by_image), torch.sub)
+    ratios = spans([name for name in judged if name in ours_by_image], torch.div)
+    found = {f"{name}_difference": (ours[name] - theirs[name], *span) for name, span in differences.items()}
+    found |= {f"{name}_ratio": (ours[name] / theirs[name], *ratios.get(name, (None, None))) for name in judged}
+    return found | ({"mean_of_judges_ratio": (mean_ratio(ours, theirs, judged), None, None)} if judged else {})
 
 
 def table(results, setting):
-    """The Markdown table with its setting."""
-    figures_of_first = next(iter(results.values()))
-    keys = reported()
-    for judge in setting["features"]:
-        keys += [f"{name}/{judge}" for name in ("paired_distance", "kernel_distance", "frechet_distance",
-                                                "sliced_wasserstein", "accuracy", "original_accuracy")
-                 if f"{name}/{judge}" in figures_of_first]
-    header = ["model", *keys, "ms_per_step", "peak_memory_mb"]
-    rows = [[name, *(cell(figures, key) for key in header[1:])] for name, figures in results.items()]
-    note = (f"{setting['dataset']}, {setting['split']} split, {setting['images']} images of "
-            f"{setting['size'][0]}x{setting['size'][1]}; 95% bootstrap intervals over images")
-    for judge, description in setting["features"].items():
-        note += f"; {judge}: {description}"
+    """The Markdown tables: figures, differences from the baseline and ratios to it, with their setting."""
+    baseline = setting["baseline"]
+    figures = results[baseline]
+    keys = metrics.reported() + [f"{name}/{judge}" for judge in setting["features"] for name in JUDGES_SAY
+                                 if f"{name}/{judge}" in figures]
+    header = ["epochs", "steps", *keys, "ms_per_step", "peak_memory_mb"]
+    text = report.markdown_table(["model", *header], [
+        [name, *(cell(figures, key) for key in header)] for name, figures in results.items()])
+    text += (f"\n\n{setting['dataset']}, {setting['split']} split, {setting['images']} images of "
+             f"{setting['size'][0]}x{setting['size'][1]}; [low, high]: 95% bootstrap interval over images")
+    text += "".join(f"; {judge}: {description}" for judge, description in setting["features"].items())
     if setting["features"]:
-        note += f"; distances at N = {setting['images']} compare within this setting only"
-    if any(OWN_JUDGE in str(value) for row in rows for value in row):
-        note += f"; {OWN_JUDGE} judged by the network that the model was trained through"
-    text = report.markdown_table(header, rows) + f"\n\n{note}"
-    (first, _), *others = results.items()
-    if others:
-        compared = [key for key in keys if f"{key}_difference" in figures_of_first]
-        rows = [[name, *("{:+.3g} [{:+.3g}, {:+.3g}]".format(*figures[f"{key}_difference"]) for key in compared)]
-                for name, figures in others]
-        text += f"\n\n{report.markdown_table([f'minus {first}, by image', *compared], rows)}"
+        text += f"; distances at N = {setting['images']} compare within this setting only"
+    if any(figures["trained_through"] for figures in results.values()):
+        text += f"; {OWN_JUDGE} judged by the network that the model was trained through"
+    differences = [key for key in keys if f"{key}_interval" in figures]
+    ratios = [*setting["judged"], "mean_of_judges"] if setting["judged"] else []
+    for sign, kind, columns in (("-", "difference", differences), ("/", "ratio", ratios)):
+        rows = [[name, *(against_cell(figures, key, kind, setting["judged"]) for key in columns)]
+                for name, figures in results.items() if name != baseline]
+        if rows and columns:
+            text += "\n\n" + report.markdown_table([f"run {sign} {baseline}", *columns], rows)
     return text
 
 
@@ -143,7 +215,7 @@ def conventions_table(results):
     keys = ("psnr", "psnr_of_mean_mse", "psnr_of_luma", "ssim", "ssim_uniform", "ms_ssim")
     keys = [key for key in keys if key in next(iter(results.values()))]
     rows = [[name, *(cell(figures, key) for key in keys)] for name, figures in results.items()]
-    return (f"{report.markdown_table(['under other conventions', *keys], rows)}\n\n"
+    return (f"{report.markdown_table(['other conventions', *keys], rows)}\n\n"
             "psnr, ssim: means over images of RGB, SSIM with a Gaussian window of 11 pixels; psnr_of_mean_mse: of the "
             "mean error over the split; psnr_of_luma: of BT.601 luma; ssim_uniform: a uniform window of 7 pixels; "
             "ms_ssim: as many of its five scales as fit the images")
@@ -152,12 +224,53 @@ def conventions_table(results):
 def cell(figures, key):
     """A figure with its interval or deviation, where it has one, and a mark where the judge trained the model."""
     name, _, judge = key.partition("/")
-    text = f"{figures[key]:.4g}"
+    text = f"{figures[key]:.4g}" if isinstance(figures[key], float) else str(figures[key])
     if f"{key}_interval" in figures:
         text += " [{:.4g}, {:.4g}]".format(*figures[f"{key}_interval"])
     if name == "kernel_distance":
         text = f"{figures[key]:.3g} ± {figures[f'kernel_distance_sd/{judge}']:.1g}"
-    return text + (f" {OWN_JUDGE}" if judge and judge == figures["trained_through"] else "")
+    return f"{text} {mark(figures['trained_through'], key)}".rstrip()
+
+
+def against_cell(figures, key, kind, judged):
+    """A difference or a ratio with its interval, where it has one, and a mark as in `cell`; the mean is of `judged`."""
+    numbers, form = figures[f"{key}_{kind}"], "{:+.3g}" if kind == "difference" else "{:.3g}"
+    text = form.format(numbers[0]) if None in numbers else f"{form} [{form}, {form}]".format(*numbers)
+    return f"{text} {mark(figures['trained_through'], *(judged if key == 'mean_of_judges' else [key]))}".rstrip()
+
+
+# --- a prior
+
+def evaluate_prior(args, device):
+    """Agreement of a classifier of real images with the class asked for, and Fréchet distance: of reconstructions and
+    of samples."""
+    codes_of = {"vqvae": {"path": str, "digest": str}}
+    path = args.model[0] if args.model else checkpoint.load(args.prior, "prior", codes_of)["vqvae"]["path"]
+    ckpt, prior_ckpt = checkpoint.load(path, "vqvae", datasets.FACTS), checkpoint.load(args.prior, "prior", codes_of)
+    classes = ckpt["data"]["classes"]
+    if not classes:
+        raise UserError(f"{path} was trained on a data set without classes: there is nothing to agree on")
+    check_vqvae(prior_ckpt, path)
+    source = datasets.Source.of(ckpt, args.data_folder)
+    data, _ = open_judged(ckpt["data"]["name"], source, {path: ckpt}, (), device, args.batch_size, args.num_workers)
+    check_classes(data, classes, source.folder)  # before a classifier learns others
+    judge = Judge("classifier", open_network("classifier", data, source), data.test)
+
+    vqvae, prior = VectorQuantizedVAE.rebuild(ckpt).to(device), GatedPixelCNN.rebuild(prior_ckpt).to(device)
+    shape, generator = tuple(side // vqvae.downsample for side in data.size), torch.Generator().manual_seed(args.seed)
+    labels = torch.arange(len(classes), device=device).repeat_interleave(args.samples)
+    with torch.no_grad():
+        drawn = [vqvae.decode(prior.generate(label, shape, len(label), args.temperature, args.top_k, generator))
+                 for label in labels.split(args.samples)]
+        samples = torch.cat([judge.network(metrics.as_8bit(x)) for x in drawn])
+        rebuilt = torch.cat([judge.network(metrics.as_8bit(vqvae(x)[0])) for x, _ in data.test])
+    rows = [["real test images", judge.agreement(judge.real, judge.labels), ""]]
+    for name, features, of in (("their reconstructions", rebuilt, judge.labels),
+                               (f"samples, {args.samples} a class", samples, labels)):
+        rows.append([name, judge.agreement(features, of), frechet_distance(features, judge.real)])
+    rows += [[f"  {name}", judge.agreement(*part), ""]
+             for name, *part in zip(classes, samples.split(args.samples), labels.split(args.samples))]
+    print(report.markdown_table(["judged by the classifier", "agreement", "Fréchet distance"], rows))
 
 
 if __name__ == "__main__":

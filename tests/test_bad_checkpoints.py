@@ -13,7 +13,7 @@ from study import measuring
 
 BEST = "models/a/best.pt"
 PRIOR = ("pixelcnn_prior.py", *SMALL[4:], "--output-folder", "prior", "--model", "models/a/best.pt")
-AGREE = ("study/class_agreement.py", "--model", "models/a", "--prior")
+AGREE = ("evaluate.py", "--model", "models/a", "--prior")
 STACKED, VIDEO = ((f"{name}.py", *SMALL[4:], "--model", "models/a") for name in ("stacked_vqvae", "video_prior"))
 READERS = {"evaluate": (*EVALUATE, "models/a"), "prior": PRIOR, "stacked": STACKED, "video": VIDEO,
            "agreement": (*AGREE, "models/a")}

@@ -70,7 +70,7 @@ def no_classes(folder):
 
 PRIOR = ("pixelcnn_prior.py", *LATENT, "--model", "models/a", "--output-folder", "new")
 STACKED, VIDEO = (("stacked_vqvae.py", *PRIOR[1:]), ("video_prior.py", *PRIOR[1:]))
-AGREE = ("study/class_agreement.py", "--device", "cpu", "--samples", "2", "--model", "models/a",
+AGREE = ("evaluate.py", "--device", "cpu", "--samples", "2", "--model", "models/a",
          "--prior", "models/prior")
 
 ALL = [(f"{script[0]}: {name}", spoil, (*script, *flags), culprit) for script in (PRIOR, STACKED, VIDEO)

@@ -1,5 +1,7 @@
 """evaluate.py and reconstruct.py through their command lines."""
 import json
+import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,12 +46,45 @@ def test_one_table_picture_and_file_of_several_models(folder):
         assert figures["ms_per_step"] == trained["ms_per_step"]
     a, b = found["models"].values()
     mean, low, high = b["ssim_difference"]
-    assert mean == pytest.approx(b["ssim"] - a["ssim"]) and low <= mean <= high and a["ssim_difference"] == [0, 0, 0]
-    assert f"| {b['psnr'] - a['psnr']:+.3g} [" in out and "minus a, by image" in out
+    assert mean == pytest.approx(b["ssim"] - a["ssim"]) and low <= mean <= high and "ssim_difference" not in a
     assert b["psnr_of_mean_mse"] < b["psnr"] and f"{b['ssim_uniform']:.4g} [" in out and "ms_ssim" not in b
+    assert f"| {b['psnr'] - a['psnr']:+.3g} [" in out and "| run - a " in out and "| run / a " in out
     low, high = b["paired_distance/effnet-lite0_interval"]
     assert low < b["paired_distance/effnet-lite0"] < high
-    assert Image.open(folder / "evaluation" / "models.png").size[1] > 3 * 96
+    judged = found["setting"]["judged"]
+    assert {"paired_distance/effnet-lite0", "frechet_distance/effnet-lite0"} <= set(judged)
+    ratios = [b[f"{name}_ratio"][0] for name in judged]
+    assert ratios == pytest.approx([b[name] / a[name] for name in judged])
+    assert b["mean_of_judges_ratio"][0] == pytest.approx(math.prod(ratios) ** (1 / len(ratios)))
+    assert f"| {b['mean_of_judges_ratio'][0]:.3g} " in out
+    ratio, low, high = b["paired_distance/effnet-lite0_ratio"]
+    assert low < ratio < high and b["frechet_distance/effnet-lite0_ratio"][1] is None
+    assert max(len(line) for line in out.splitlines() if line.startswith("|")) <= 120
+    assert all(line.count("| b ") for line in out.splitlines() if line.startswith("| b"))
+    assert Image.open(folder / "evaluation" / "models.png").size[1] > 6 * 96  # and the middles, enlarged
+
+
+def test_differences_are_run_minus_baseline_whatever_the_order(folder):
+    code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--baseline", "models/b", "--no-features",
+                          "--device", "cpu", "--output", "against")
+    assert code == 0 and "| run - b " in out and "run / b" not in out and "warning" not in out, err
+    found = json.loads((folder / "against" / "results.json").read_text())["models"]
+    assert list(found) == ["b", "a"]
+    assert found["a"]["psnr_difference"][0] == pytest.approx(found["a"]["psnr"] - found["b"]["psnr"])
+
+
+def test_a_model_that_is_unfinished_or_was_trained_for_less_is_named(folder):
+    assert call(folder, "vqvae.py", *VQVAE, "--output-folder", "longer", "--num-epochs", "2")[0] == 0
+    shutil.copytree(folder / "models" / "a", folder / "models" / "cut")
+    (folder / "models" / "cut" / "results.json").unlink()
+    code, out, err = call(folder, "evaluate.py", "--model", "models/a", "models/longer", "models/cut", "--no-features",
+                          "--device", "cpu", "--output", "uneven")
+    assert code == 0, err
+    assert [line for line in out.splitlines() if line.startswith("warning")] == [
+        "warning: a was trained for 3 steps, longer for 6",
+        "warning: cut is unfinished: 1 of 1 epochs are done"]
+    first = out.splitlines()[:5]
+    assert "epochs | steps" in first[0] and [line.split("|")[2].strip() for line in first[2:]] == ["1", "2", "1"]
 
 
 def test_a_split_and_a_runs_folder_are_taken_by_name(folder):
@@ -77,8 +112,12 @@ def test_a_judge_that_a_model_was_trained_through_is_marked(folder):
     checkpoint.save(folder / "models/p/best.pt", "vqvae", contents)
     code, out, err = call(folder, "evaluate.py", "--model", "models/a", "models/p", "--device", "cpu")
     assert code == 0, err
-    a, p = (next(line for line in out.splitlines() if line.startswith(f"| {name} ")) for name in "ap")
+    figures, _, ratios = out.partition("| run / a ")
+    of_models = figures.partition("| run - a ")[0].splitlines()
+    a, p = ("".join(line for line in of_models if line.startswith(f"| {name} ")) for name in "ap")
     assert "†" not in a and p.count("†") == 4 and "† judged by the network" in out
+    rows = [line for line in ratios.partition("other conventions")[0].splitlines() if line.startswith("| p ")]
+    assert rows and all(cell.endswith(" †") for row in rows for cell in map(str.strip, row.split("|")[2:-1]))
 
 
 def test_what_cannot_be_evaluated_is_one_line(folder, monkeypatch):

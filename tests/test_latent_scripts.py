@@ -1,4 +1,4 @@
-"""stacked_vqvae.py, video_prior.py and class_agreement.py: runs, resumption, two processes, bad input."""
+"""stacked_vqvae.py, video_prior.py and evaluate.py --prior: runs, resumption, two processes, bad input."""
 import argparse
 import json
 import math
@@ -213,7 +213,7 @@ def test_class_agreement_judges_a_prior(folder):
                         "--output-folder", "class-prior")
     assert code == 0, err
     flags = ("--prior", "models/class-prior", "--samples", "3", "--device", "cpu")
-    code, out, err = call(folder, "study/class_agreement.py", "--model", "models/classes", *flags)
+    code, out, err = call(folder, "evaluate.py", "--model", "models/classes", *flags)
     assert code == 0, err
     shares = [float(line.split("|")[2]) for line in out.splitlines()[-5:]]
     assert len(shares) == 5 and all(0 <= share <= 1 for share in shares)
@@ -221,5 +221,5 @@ def test_class_agreement_judges_a_prior(folder):
     assert all(distance >= 0 for distance in distances), out
     assert shares[2] == pytest.approx((shares[3] + shares[4]) / 2, abs=1e-3)
     for flag, message in ((("--model", "models/vqvae"), "another VQ-VAE"), (("--seed", "-1"), "whole number")):
-        code, _, err = call(folder, "study/class_agreement.py", "--model", "models/classes", *flags, *flag)
+        code, _, err = call(folder, "evaluate.py", "--model", "models/classes", *flags, *flag)
         assert code == 2 and message in err and err.count("\n") == 1

@@ -24,7 +24,6 @@ SHORTER = {
     "pixelcnn_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "2"],
     "stacked_vqvae.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1", "--codes", "2"],
     "video_prior.py": [*TRAIN, "--hidden-size-prior", "4", "--num-layers", "1"],
-    "study/class_agreement.py": ["--samples", "2"],
     "benchmarks/gpu_day.py": ["--device", "cpu", "--dry-run", "--parts", "search"],
     "benchmarks/benchmark.py": ["--repeats", "1", "--device", "cpu"]}
 ELSEWHERE = ("make", "tensorboard", "python3", "pip", "study/study.sh", "#SBATCH", "#!/bin/bash")

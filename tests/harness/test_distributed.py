@@ -212,8 +212,7 @@ def test_restarts_of_a_killed_and_resumed_run_are_those_of_one_that_was_not(fold
         assert all(torch.equal(cut["optimizer"]["state"][key][name], value) for name, value in values.items())
 
 
-@pytest.mark.parametrize("script", ["evaluate", "compare", "reconstruct", "study.class_agreement",
-                                    "benchmarks.benchmark"])
+@pytest.mark.parametrize("script", ["evaluate", "compare", "reconstruct", "study.lengths", "benchmarks.benchmark"])
 def test_scripts_of_one_process_refuse_to_be_two(folder, script):
     err = subprocess.run([sys.executable, "-m", script], cwd=folder, text=True, capture_output=True,
                          env=os.environ | {"WORLD_SIZE": "2", "PYTHONPATH": str(HERE)}).stderr
