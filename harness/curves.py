@@ -4,15 +4,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.event_file_writer import EventsWriter  # of 2.6 and later; the public writers have a hidden thread
 from tensorboardX.proto import event_pb2
-
-HPARAMS = "hparams"
 
 
 def files_of(folder):
     """Files that hold the curves of the run in a folder, and none of runs in folders below."""
-    return [path for part in (folder, folder / HPARAMS) for path in part.glob("events.out.tfevents.*")]
+    return list(folder.glob("events.out.tfevents.*"))
 
 
 class Curves:
@@ -46,14 +44,12 @@ class Curves:
         self._flush()
 
     def hparams(self, flags, figures, step):
-        """Add the flags of a run and what came of it, {tag: number}, in a file of their own as TensorBoard wants."""
+        """Add the flags of a run and what came of it, {tag: number}: a row of TensorBoard's HParams."""
         plain = {name: value if isinstance(value, (int, float, bool)) else str(value).encode(errors="replace").decode()
                  for name, value in flags.items()}
-        apart = Curves(self.folder / HPARAMS, purge_step=0)  # a run has one such point, that of its last end
         for part in summary.hparams(plain, figures):
-            apart._write(event_pb2.Event(summary=part), step)
-        apart.scalars(figures, step)
-        apart.close()
+            self._write(event_pb2.Event(summary=part), step)
+        self.scalars(figures, step)
 
     def close(self):
         with _named(self.folder):
