@@ -1,4 +1,4 @@
-"""A new loss term, metric, data set or quantizer is one function or class and one row, in one file."""
+"""A new loss term, metric, data set, judge or quantizer is one function or class and one row, in one file."""
 import json
 import shutil
 import subprocess
@@ -38,17 +38,29 @@ class Toy(VQEmbedding):
 
 QUANTIZERS["toy"] = Toy
 """,
+    "study/judges.py": """
+
+
+class Toy(nn.Module):
+    description = "mean colours"
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+FEATURES["toy"] = lambda data, source: Toy()
+""",
 }
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the project with a toy row at the end of each of four files."""
+    """A copy of the project with a toy row at the end of each of these files."""
     folder = tmp_path_factory.mktemp("project")
     for path in HERE.glob("*.py"):
         if not path.stem.startswith("test_"):
             shutil.copy(path, folder)
-    for wing in ("harness", "readers", "study", "terms", "kernels"):
+    for wing in ("harness", "readers", "priors", "study", "terms", "kernels"):
         if (HERE / wing).exists():
             shutil.copytree(HERE / wing, folder / wing)
     for name, row in ROWS.items():
@@ -67,9 +79,10 @@ def test_toy_rows_are_trained_measured_and_compared_with(copy):
     run(copy, "vqvae.py", *small, "--toy-weight", "1", "--mse-weight", "0", "--quantizer", "toy")
     results = json.loads((copy / "models" / "vqvae" / "results.json").read_text())
     assert 0 < results["toy"] <= 1
-    run(copy, "evaluate.py", "--model", "models/vqvae/best.pt", "--no-features")
+    run(copy, "evaluate.py", "--model", "models/vqvae/best.pt", "--features", "toy")
     evaluated = json.loads((copy / "evaluation" / "results.json").read_text())
     assert 0 < evaluated["models"]["vqvae"]["toy"] <= 1
+    assert evaluated["models"]["vqvae"]["frechet_distance/toy"] > 0
     run(copy, "compare.py", "--losses", "toy", *small, "--quantizer", "toy")
     table = json.loads((copy / "models" / "comparison" / "table.json").read_text())
     assert any(row["loss"] == "toy" for row in table["table"])

@@ -13,11 +13,12 @@ from functions import vq
 from harness import checkpoint, cli, device
 from harness.run import Run
 from losses import TERMS, ReconstructionLoss
-from metrics import IMAGE_METRICS, as_8bit
+from metrics import CONVENTIONS, IMAGE_METRICS, as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
 from priors.networks import StackedVQVAE, VideoPrior
 from quantizers import QUANTIZERS, settings_of
 from study.classifier import Classifier
+from study.judges import EffNetLite0
 from vqgan import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "unique_dim",
@@ -167,12 +168,14 @@ def test_the_loss_of_a_recipe_waits_for_nothing(cuda):
 def test_the_networks_over_latents_and_judges_stay_on_the_device(cuda):
     with cuda:
         stacked, video = StackedVQVAE(16, 8, (9, 9), 2, 8, 2), VideoPrior(16, 2, 3, 8, 2)
-        judge, grid, x = Classifier(3, 4, 8), torch.zeros(2, 3, 9, 9, dtype=torch.int64), torch.zeros(2, 3, 32, 32)
+        judge, pretrained = Classifier(3, 4, 8), EffNetLite0()
+        grid, x = torch.zeros(2, 3, 9, 9, dtype=torch.int64), torch.zeros(2, 3, 32, 32)
         action, absent = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
     for book in stacked.codebooks:
         book.data_init = False  # a look at values, in the first steps
     with NoCopies():
-        on_cuda(*stacked(grid[:, 0], absent), video(grid, action), judge.logits(judge(x)))
+        on_cuda(*stacked(grid[:, 0], absent), video(grid, action), judge.logits(judge(x)), pretrained(x),
+                pretrained.paired(x, x), *(metric(x, x) for metric in CONVENTIONS.values()))
 
 
 def test_a_device_without_a_number_is_the_current_one(monkeypatch):
