@@ -147,7 +147,10 @@ def note_of(args, flags, split, networks):
 
 def check_tables(path, names):
     """UserError where tables of another comparison would be replaced: of a mix whose name is none of these."""
-    others = {run["loss"] for run in checkpoint.load_json(path).get("runs", [])} - set(names) if path.exists() else ()
+    if not path.exists():
+        return
+    with checkpoint.complete(path):
+        others = {run["loss"] for run in checkpoint.load_json(path)["runs"]} - set(names)
     if others:
         raise UserError(f"{path} is of a comparison that has {min(others)}: give another --output, or that mix too")
 

@@ -197,7 +197,8 @@ def table(results, setting):
              f"{setting['size'][0]}x{setting['size'][1]}; [low, high]: 95% bootstrap interval over images")
     text += "".join(f"; {judge}: {description}" for judge, description in setting["features"].items())
     if setting["features"]:
-        text += f"; distances at N = {setting['images']} compare within this setting only"
+        text += (f"; distances at N = {setting['images']} compare within this setting only; ± is the standard "
+                 "deviation over draws of N images")
     if any(figures["trained_through"] for figures in results.values()):
         text += f"; {OWN_JUDGE} judged by the network that the model was trained through"
     differences = [key for key in keys if f"{key}_interval" in figures]

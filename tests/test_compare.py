@@ -80,6 +80,10 @@ def test_what_another_command_trained_is_refused(folder):
     assert code == 2 and "other flags (--k 16, now 32)" in err
     code, _, err = call(folder, "compare.py", "--losses", "mse", *FLAGS)
     assert code == 2 and "a comparison that has l1,ssim=0.5: give another --output" in err
+    (folder / "models" / "damaged").mkdir()
+    (folder / "models" / "damaged" / "table.json").write_text('{"runs": [1]}')
+    code, _, err = call(folder, "compare.py", "--losses", "mse", *FLAGS, "--output", "damaged")
+    assert code == 2 and "table.json does not hold all that it should" in err and err.count("\n") == 1, err
     code, _, err = call(folder, "compare.py", "--losses", "l1=1,ssim=0.5", *FLAGS, "--features", "classifier")
     assert code == 2 and "--features classifier needs a data set with at least two classes" in err
 
