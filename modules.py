@@ -6,7 +6,6 @@ from torch import nn
 from harness import checkpoint
 from harness.batches import send
 from harness.checkpoint import complete
-from harness.compiled import compile_forward
 from harness.device import one_step
 from harness.distributed import BatchNorm2d
 from harness.errors import UserError
@@ -151,11 +150,6 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
             self.encoder.eval()
             self.codebook.eval()
         return self
-
-    def compile_networks(self, graphs=False):
-        """torch.compile encoder and decoder, as `compile_forward` does; the search between has nothing to gain."""
-        compile_forward(self.encoder, graphs)
-        compile_forward(self.decoder, graphs, first=False)
 
     def encode(self, x):
         """Latents (B, H/f, W/f) int64, f the downsampling, of images x (B, C, H, W) in [-1, 1]."""

@@ -1,9 +1,10 @@
 """Train a PixelCNN prior on the latents of a VQ-VAE, and sample images from it."""
 import torch
+import torch.nn.functional as F
 
 import metrics
 from harness import checkpoint, cli, report
-from harness.device import adam, autocast_of, pick_device, pick_precision
+from harness.device import adam, autocast_of, compiled, one_step, pick_device, pick_precision, set_lr
 from harness.errors import UserError
 from harness.folder import run_folder
 from modules import GatedPixelCNN
@@ -57,10 +58,30 @@ def main():
     optimizer = adam(model.parameters(), args.lr)
     run, network = first.start("prior", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
+    def forward(codes, label):
+        """Nats it takes to code a latent, each given those above and to its left, and the class."""
+        with autocast():
+            logits = network(codes, label if classes else None)
+        return F.cross_entropy(logits.float(), codes)
+
+    forward = compiled(forward) if args.compile else forward
+
+    def step(codes, label):
+        loss = forward(codes, label)
+        run.check_finite({"loss": loss})
+        run.backward(loss)
+        run.update(optimizer)
+        return {"loss/train/nats_per_latent": loss.detach()}
+
+    step = one_step(step, device, optimizer, graph=not args.no_graph, accumulate=args.accumulate)
     for epoch in run.epochs():
-        # Each code given those above and to its left, and the class.
-        first_stage.train_epoch(run, network, optimizer, train, autocast,
-                            lambda codes, label: (network(codes, label if classes else None), codes))
+        model.train()
+        for codes, label in run.batches(train):
+            lr = args.lr * run.lr_scale(train)
+            set_lr(optimizer, lr)
+            values = step(codes, label)
+            if run.log_now():
+                run.log(values | {"lr": lr})
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)

@@ -1,5 +1,6 @@
 """Train a second VQ-VAE on the latents of a first: a few codes for an image, decoded by a PixelCNN."""
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -7,11 +8,12 @@ import torch.nn.functional as F
 import metrics
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
-from harness.device import adam, autocast_of, pick_device, pick_precision, set_lr
+from harness.device import adam, autocast_of, compiled, one_step, pick_device, pick_precision, set_lr
 from harness.errors import UserError
 from harness.folder import run_folder
 from priors import first_stage
 from priors.networks import CODES, StackedVQVAE
+from quantizers import filled
 
 MAY_CHANGE_ON_RESUME = {"sample", "temperature", "top_k", "draws"}
 SHOWN = 10  # images of a picture
@@ -69,31 +71,40 @@ def main():
     optimizer = adam(model.parameters(), args.lr)
     run, network = first.start("stacked", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
+    ready = partial(filled, model)
+
+    def forward(grid, absent):
+        with autocast():
+            logits, alone, z_e, z_q, logits_codes, codes = network(grid, absent)
+
+        # The latents given the codes, and those above and to the left or not; outputs towards their codes; the prior
+        # over codes, whose gradient reaches nothing else.
+        losses = {"cross-entropy": F.cross_entropy(logits.float(), grid),
+                  "alone": F.cross_entropy(alone.float(), grid),
+                  "commitment": F.mse_loss(z_e, z_q.detach()),
+                  "prior": F.cross_entropy(logits_codes.float(), codes)}
+        loss = losses["cross-entropy"] + args.alone_weight * losses["alone"] + args.beta * losses["commitment"] \
+            + losses["prior"]
+        return loss, {name: value.detach() for name, value in losses.items()}
+
+    forward = compiled(forward, ready) if args.compile else forward
+
+    def step(grid, absent):
+        loss, losses = forward(grid, absent)
+        run.check_finite({"loss": loss, **losses})
+        run.backward(loss)
+        run.update(optimizer)
+        return {f"loss/train/{name}": value for name, value in losses.items()}
+
+    step = one_step(step, device, optimizer, graph=not args.no_graph, accumulate=args.accumulate, ready=ready)
     for _ in run.epochs():
         model.train()
         for grid, _ in run.batches(train):
             lr = args.lr * run.lr_scale(train)
             set_lr(optimizer, lr)
-            absent = left_out(grid, args.without_codes)
-            with autocast():
-                logits, alone, z_e, z_q, logits_codes, codes = network(grid, absent)
-
-            # The latents given the codes, and those above and to the left or not; outputs towards their codes; the
-            # prior over codes, whose gradient reaches nothing else.
-            losses = {"cross-entropy": F.cross_entropy(logits.float(), grid),
-                      "alone": F.cross_entropy(alone.float(), grid),
-                      "commitment": F.mse_loss(z_e, z_q.detach()),
-                      "prior": F.cross_entropy(logits_codes.float(), codes)}
-            loss = losses["cross-entropy"] + args.alone_weight * losses["alone"] + args.beta * losses["commitment"] \
-                + losses["prior"]
-            run.check_finite({"loss": loss, **losses})
-
-            run.backward(loss)
-            run.update(optimizer)
-
+            values = step(grid, left_out(grid, args.without_codes))
             if run.log_now():
-                run.log({f"loss/train/{name}": value for name, value in losses.items()}
-                        | {"lr": lr})
+                run.log(values | {"lr": lr})
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)

@@ -10,7 +10,7 @@ import datasets
 from datasets import SPLITS
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
-from harness.device import adam, autocast_of, pick_device, pick_precision
+from harness.device import adam, autocast_of, compiled, one_step, pick_device, pick_precision, set_lr
 from harness.errors import UserError
 from harness.folder import run_folder
 from priors import first_stage
@@ -78,10 +78,30 @@ def main():
     optimizer = adam(model.parameters(), args.lr)
     run, network = first.start("video", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
+    def forward(window, action):
+        """Nats it takes to code a latent, each given those above and to its left, the frames before and the action."""
+        with autocast():
+            logits = network(window, action)
+        return F.cross_entropy(logits.float(), window[:, -1])
+
+    forward = compiled(forward) if args.compile else forward
+
+    def step(window, action):
+        loss = forward(window, action)
+        run.check_finite({"loss": loss})
+        run.backward(loss)
+        run.update(optimizer)
+        return {"loss/train/nats_per_latent": loss.detach()}
+
+    step = one_step(step, device, optimizer, graph=not args.no_graph, accumulate=args.accumulate)
     for _ in run.epochs():
-        # Each code given those above and to its left, the frames before, as a rollout has them, and the action.
-        first_stage.train_epoch(run, network, optimizer, train, autocast,
-                            lambda window, action: (network(disturb(window, args.noise), action), window[:, -1]))
+        model.train()
+        for window, action in run.batches(train):
+            lr = args.lr * run.lr_scale(train)
+            set_lr(optimizer, lr)
+            values = step(disturb(window, args.noise), action)  # frames before as a rollout has them
+            if run.log_now():
+                run.log(values | {"lr": lr})
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)

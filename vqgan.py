@@ -7,7 +7,7 @@ from torch import nn
 
 import experiment
 from harness import cli, distributed
-from harness.device import adam, autocast_of, one_step, pick_device, set_lr
+from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.distributed import BatchNorm2d
 from harness.errors import UserError
 from quantizers import filled
@@ -53,12 +53,10 @@ def main():
     state = {"model": model, "optimizer": optimizer, "average": average, "discriminator": discriminator,
              "disc_optimizer": disc_optimizer}
     run = experiment.open_run(args, device, data, state | experiment.facts_of(args, data, model, criterion))
-    if args.compile:
-        model.compile_networks()
     network, judge = distributed.wrap(model, device), distributed.wrap(discriminator, device)
-    last_layer = model.decoder[-2].weight
+    last_layer, ready = model.decoder[-2].weight, partial(filled, model)
 
-    def step(x, apart, adversarial):
+    def forward(x, apart):
         with autocast():
             x_tilde, z_e, z_q = network(x)
 
@@ -66,21 +64,28 @@ def main():
         loss_reconstruction, parts = criterion(x_tilde, x, apart)
         loss_quantization = F.mse_loss(z_q, z_e.detach().float())
         loss_commitment = F.mse_loss(z_e.float(), z_q.detach())
-        values = {"loss/train/reconstruction": loss_reconstruction, "loss/train/quantization": loss_quantization}
-        values |= criterion.curves(parts) if apart else {}
+        curves = {"loss/train/reconstruction": loss_reconstruction.detach(),
+                  "loss/train/quantization": loss_quantization.detach()}
+        curves |= criterion.curves(parts) if apart else {}
         loss_seen = loss_reconstruction
         if perceptual:
             with autocast():
-                parts["perceptual"] = values["loss/train/perceptual"] = perceptual(x_tilde, x)
-            loss_seen = loss_reconstruction + args.perceptual_weight * parts["perceptual"]
-        loss = loss_seen + loss_quantization + args.beta * loss_commitment
+                distance = perceptual(x_tilde, x)
+            parts["perceptual"] = curves["loss/train/perceptual"] = distance.detach()
+            loss_seen = loss_reconstruction + args.perceptual_weight * distance
+        return x_tilde, loss_seen, loss_seen + loss_quantization + args.beta * loss_commitment, parts, curves
+
+    forward = compiled(forward, ready) if args.compile else forward
+
+    def step(x, apart, adversarial):
+        x_tilde, loss_seen, loss, parts, curves = forward(x, apart)
 
         # The decoder against the discriminator, weighted so that both pull at its last layer alike.
         if adversarial:
             loss_generator = generator_loss(discriminator, x_tilde, autocast)
             weight = adaptive_weight(loss_seen, loss_generator, last_layer)
             loss = loss + args.disc_weight * weight * loss_generator
-            values |= {"vqgan/lambda": weight, "loss/train/generator": loss_generator}
+            curves |= {"vqgan/lambda": weight, "loss/train/generator": loss_generator}
         run.check_finite({"loss": loss, **parts})
 
         run.backward(loss)
@@ -92,11 +97,11 @@ def main():
             run.check_finite({"discriminator": loss_discriminator})
             run.backward(loss_discriminator)
             run.update(disc_optimizer)
-            values |= {"loss/train/discriminator": loss_discriminator} | logits
-        return {tag: value.detach() for tag, value in values.items()}
+            curves |= {"loss/train/discriminator": loss_discriminator} | logits
+        return {tag: value.detach() for tag, value in curves.items()}
 
     step = one_step(step, device, optimizer, disc_optimizer, graph=not args.no_graph, accumulate=args.accumulate,
-                    ready=partial(filled, model))
+                    ready=ready)
     for _ in run.epochs():
         model.train()
         for x, _ in run.batches(data.train):

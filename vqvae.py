@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import experiment
 from harness import cli, distributed
-from harness.device import autocast_of, one_step, pick_device, set_lr
+from harness.device import autocast_of, compiled, one_step, pick_device, set_lr
 from quantizers import filled
 
 
@@ -33,11 +33,9 @@ def main():
 
     state = {"model": model, "optimizer": optimizer, "average": average}
     run = experiment.open_run(args, device, data, state | experiment.facts_of(args, data, model, criterion))
-    if args.compile:
-        model.compile_networks()
-    network = distributed.wrap(model, device)
+    network, ready = distributed.wrap(model, device), partial(filled, model)
 
-    def step(x, apart):
+    def forward(x, apart):
         with autocast():
             x_tilde, z_e, z_q = network(x)
 
@@ -46,15 +44,20 @@ def main():
         loss_quantization = F.mse_loss(z_q, z_e.detach().float())
         loss_commitment = F.mse_loss(z_e.float(), z_q.detach())
         loss = loss_reconstruction + loss_quantization + args.beta * loss_commitment
-        run.check_finite({"loss": loss, **parts})
+        curves = {"loss/train/reconstruction": loss_reconstruction.detach(),
+                  "loss/train/quantization": loss_quantization.detach()}
+        return loss, parts, curves | (criterion.curves(parts) if apart else {})
 
+    forward = compiled(forward, ready) if args.compile else forward
+
+    def step(x, apart):
+        loss, parts, curves = forward(x, apart)
+        run.check_finite({"loss": loss, **parts})
         run.backward(loss)
         run.update(optimizer)
-        return {"loss/train/reconstruction": loss_reconstruction.detach(),
-                "loss/train/quantization": loss_quantization.detach()} | (criterion.curves(parts) if apart else {})
+        return curves
 
-    step = one_step(step, device, optimizer, graph=not args.no_graph, accumulate=args.accumulate,
-                    ready=partial(filled, model))
+    step = one_step(step, device, optimizer, graph=not args.no_graph, accumulate=args.accumulate, ready=ready)
     for _ in run.epochs():
         model.train()
         for x, _ in run.batches(data.train):

@@ -143,8 +143,8 @@ def _always():
 def compiled(function, ready=_always):
     """A function of a training step by torch.compile, forward and backward; where that fails, as it is.
 
-    A failure of any call is one line, and the function is called as it is from then on. It is called so, too, in
-    validation (where no gradient is recorded), on batches of another shape than the first, and until it is `ready`.
+    A failure of any call is one line, and the function is called as it is from then on. It is called so, too, until it
+    is `ready`, on batches of another shape than the first, and where a plain input is true, as for a logged step.
     """
     torch._functorch.config.donated_buffer = False  # else a backward that keeps its graph for another is refused
     # The backward is compiled before the forward runs, so that what fails has changed nothing.
@@ -155,11 +155,11 @@ def compiled(function, ready=_always):
 class _Compiled:
     def __init__(self, function, ready):
         self.plain, self.ready, self.kind = function, ready, None
-        self.fast = torch.compile(function, fullgraph=True, dynamic=False)
+        self.fast = torch.compile(function, fullgraph=distributed.world_size() == 1, dynamic=False)
 
     def __call__(self, *inputs):
         kind = _kind(inputs)
-        if not (self.fast and torch.is_grad_enabled() and self.ready()) or kind != (self.kind or kind):
+        if not (self.fast and self.ready()) or any(value is True for value in inputs) or kind != (self.kind or kind):
             return self.plain(*inputs)
         start, first = time.perf_counter(), self.kind is None
         self.kind = kind
@@ -282,4 +282,5 @@ def _kind(inputs):
 
 
 def _line(error):
+    error = getattr(error, "inner_exception", error)  # of what the compiler calls
     return (str(error).strip() or repr(error)).splitlines()[0][:200]

@@ -68,17 +68,21 @@ def is_failure(error):
 
 # --- reductions
 
+# A compiler leaves the exchange itself alone: what it makes of one in place is not awaited.
+_all_reduce, _broadcast = torch.compiler.disable(dist.all_reduce), torch.compiler.disable(dist.broadcast)
+
+
 def total(tensor):
     """Sum of a tensor over all processes, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        _all_reduce(tensor)
     return tensor
 
 
 def of_rank_0(tensor):
     """Rank 0's values of a tensor, in place."""
     if dist.is_initialized():
-        dist.broadcast(tensor, 0)
+        _broadcast(tensor, 0)
     return tensor
 
 
@@ -89,8 +93,11 @@ def mean(number):
 
 def concatenate(rows):
     """Tensors (N_i, ...) of all processes as one, in order of rank."""
-    if not dist.is_initialized():
-        return rows
+    return _concatenated(rows) if dist.is_initialized() else rows
+
+
+@torch.compiler.disable
+def _concatenated(rows):
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
     longest = int(max(counts))

@@ -10,8 +10,6 @@ import metrics
 from datasets import SPLITS, Source, check_counts
 from harness import checkpoint, cli, distributed
 from harness.batches import Batches
-from harness.compiled import compile_forward, graphs_fit
-from harness.device import set_lr
 from harness.errors import UserError
 from harness.folder import check_data, check_folder, lock, run_folder
 from harness.run import Run
@@ -170,8 +168,6 @@ class FirstStage:
         if run.resumed:
             check_vqvae(run.resumed, args.model)
             check_counts(run.resumed["path"], run.resumed["images"], self.counts)
-        if args.compile:
-            compile_forward(model, graphs_fit(self.device, args.accumulate))
         return run, distributed.wrap(model, self.device)
 
     def trained(self, kind, rebuild):
@@ -228,29 +224,6 @@ class LatentBatches(Batches):
 
     def _to_input(self, latents):
         return latents.long()
-
-
-def train_epoch(run, network, optimizer, batches, autocast, logits_of):
-    """An epoch of a prior over latents, each given those above and to its left and what else `logits_of` goes by.
-
-    logits_of: (latents, labels of a batch) -> logits (B, K, h, w) of `network`, and the latents (B, h, w) they are of.
-    """
-    network.train()
-    for batch in run.batches(batches):
-        lr = run.args.lr * run.lr_scale(batches)
-        set_lr(optimizer, lr)
-        with autocast():
-            logits, latents = logits_of(*batch)
-
-        # What it takes to code a latent.
-        loss = F.cross_entropy(logits.float(), latents)
-        run.check_finite({"loss": loss})
-
-        run.backward(loss)
-        run.update(optimizer)
-
-        if run.log_now():
-            run.log({"loss/train/nats_per_latent": loss, "lr": lr})
 
 
 @torch.no_grad()

@@ -1,15 +1,21 @@
 """A step of training as one graph: it compiles without a break, and nothing in it would be frozen by a capture."""
 import functools
+import importlib
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import call, write_images
+from recording import Recording
 from torch._dynamo.backends.debugging import aot_eager
 
 import experiment
+import stacked_vqvae
 from harness import cli
+from harness.device import GraphedStep
 from losses import ReconstructionLoss
 from modules import VectorQuantizedVAE
+from priors import networks
 from quantizers import QUANTIZERS, filled
 
 # Every quantizer and every recipe; whether one compiles does not depend on the other.
@@ -54,3 +60,75 @@ def test_forward_loss_codebook_and_backward_compile_as_one_graph(quantizer, reci
     assert len(graphs) == 1
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+# --- the scripts with the graph of a step stood in for
+
+SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "4",
+         "--num-epochs", "2", "--log-every", "3", "--device", "cpu", "--lr-schedule", "cosine", "--restart-below", "0.5",
+         "--average-weights", "0.9", "--codebook-decay", "0.8"]
+PRIOR = ["--model", "models/vqvae", "--hidden-size-prior", "8", "--num-layers", "2", "--batch-size", "4",
+         "--num-epochs", "2", "--log-every", "3", "--device", "cpu", "--lr-schedule", "cosine"]
+SCRIPTS = {
+    "vqvae.py": [*SMALL, "--recipe", "recommended"],
+    "vqvae.py --balance gradient": [*SMALL, "--balance", "gradient", "--ssim-weight", "1"],
+    **{f"vqvae.py --quantizer {name}": [*SMALL, "--quantizer", name] for name in QUANTIZERS},
+    "vqgan.py": [*SMALL, "--disc-start", "0.5", "--disc-layers", "1"],
+    "pixelcnn_prior.py": PRIOR,
+    "stacked_vqvae.py": PRIOR,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path, 48, side=32)
+    return tmp_path
+
+
+def train(folder, monkeypatch, script, flags, recordings):
+    """A run's last checkpoint; where `recordings` is a list, of a run whose steps were replayed, which it then holds."""
+    def graphed(step, _, *optimizers, ready=lambda: True, **__):
+        if recordings is None:
+            return step
+        recordings.append(GraphedStep(step, optimizers, ready, Recording()))
+        return recordings[-1]
+    monkeypatch.setattr(importlib.import_module(script.removesuffix(".py")), "one_step", graphed)
+    monkeypatch.setattr(torch.optim, "Adam", TensorRate)
+    name = "plain" if recordings is None else "graphed"
+    code, _, err = call(folder, script, *flags, "--output-folder", name)
+    assert code == 0, err
+    return torch.load(folder / "models" / name / "last.pt")
+
+
+class TensorRate(torch.optim.Adam):
+    """Adam whose learning rate is a tensor, as on a GPU."""
+
+    def __init__(self, parameters, lr, **how):
+        super().__init__(parameters, torch.tensor(lr), **how)
+
+
+@pytest.mark.parametrize("case", SCRIPTS)
+def test_a_run_whose_steps_are_replayed_equals_one_whose_steps_are_not_to_the_bit(folder, monkeypatch, case):
+    script, *_ = case.split()
+    recorded = []
+    for module in (networks, stacked_vqvae):
+        monkeypatch.setattr(module, "CODES", 8)  # as many as a few small batches fill
+    if SCRIPTS[case] is PRIOR:
+        assert call(folder, "vqvae.py", *SMALL, "--num-epochs", "1")[0] == 0
+    plain, replayed = (train(folder, monkeypatch, script, SCRIPTS[case], kept) for kept in (None, recorded))
+    (step,) = recorded
+    assert step.graphs.replays >= 6, step.seen
+    for name in ("model", "optimizer", "average", "discriminator", "disc_optimizer", "random", "best"):
+        assert_equal(plain.get(name), replayed.get(name), name)
+
+
+def assert_equal(one, two, where):
+    if isinstance(one, dict):
+        assert list(one) == list(two)
+        for name in one:
+            assert_equal(one[name], two[name], f"{where} {name}")
+    elif isinstance(one, list):
+        for number, pair in enumerate(zip(one, two)):
+            assert_equal(*pair, f"{where} {number}")
+    else:
+        assert torch.equal(one, two) if torch.is_tensor(one) else one == two, where

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from recording import Recording
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from harness import device
 from harness.device import GraphedStep
@@ -117,3 +119,102 @@ def test_a_step_stays_as_it_is_where_no_graph_fits(capsys, how, line):
     assert device.one_step(steps.step, where, steps.optimizer, **how) == steps.step
     out = capsys.readouterr().out
     assert line in out and out.count("\n") == bool(line)
+
+
+# --- compiled functions, the compiler stood in for
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """How the compiler is to behave: the backend, and numbers of calls that fail; and what it compiled."""
+    how, real = {"backend": "eager", "fails": (), "compiled": []}, torch.compile
+
+    def stand_in(function, **settings):
+        fast = real(function, backend=how["backend"], **settings)
+
+        def call(*inputs):
+            how["compiled"].append(inputs)
+            if len(how["compiled"]) in how["fails"]:
+                raise RuntimeError("an empty file\nin the cache")
+            return fast(*inputs)
+        return call
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", stand_in)
+    return how
+
+
+def loss_of(model):
+    def function(x, apart=False):
+        loss = model(x).square().mean()
+        return (loss, loss.detach()) if apart else loss
+    return function
+
+
+def test_a_compiled_function_computes_the_same_and_can_be_differentiated_twice(compiler):
+    compiler["backend"] = "aot_eager"
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh()), torch.randn(2, 3, 8, 8)
+    fast, plain = device.compiled(loss_of(model)), loss_of(model)
+    expected, = torch.autograd.grad(plain(x), model[0].weight)
+    for _ in range(2):
+        loss = fast(x)
+        first, = torch.autograd.grad(loss, model[0].weight, retain_graph=True)
+        loss.backward()
+        torch.testing.assert_close([loss, first, model[0].weight.grad], [plain(x), expected, expected])
+        model.zero_grad()
+    assert len(compiler["compiled"]) == 2
+
+
+@pytest.mark.parametrize("fails", [1, 3])
+def test_a_compiler_that_fails_at_any_call_is_one_line_and_the_function_works(compiler, capsys, fails):
+    compiler["fails"] = [fails]
+    model, x = nn.Linear(3, 3), torch.randn(2, 3)
+    fast = device.compiled(loss_of(model))
+    for _ in range(5):
+        assert torch.equal(fast(x), loss_of(model)(x))
+    failed = [line for line in capsys.readouterr().out.splitlines() if "compiled in" not in line]
+    assert failed == ["--compile failed here and is left out: an empty file"] and len(compiler["compiled"]) == fails
+
+
+def test_a_backward_that_does_not_compile_fails_before_anything_has_changed(compiler, capsys):
+    def fail(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+    compiler["backend"] = aot_autograd(fw_compiler=make_boxed_func_of, bw_compiler=fail)
+    model, x = nn.BatchNorm1d(3), torch.randn(4, 3)
+    device.compiled(loss_of(model))(x).backward()
+    assert model.num_batches_tracked == 1 and model.weight.grad is not None
+    assert "no C++ compiler" in capsys.readouterr().out
+
+
+def make_boxed_func_of(graph, inputs):
+    return make_boxed_func(graph.forward)
+
+
+def test_an_error_of_the_function_s_own_is_raised(compiler, capsys):
+    with pytest.raises(RuntimeError, match="shapes"):
+        device.compiled(loss_of(nn.Linear(3, 3)))(torch.randn(2, 5))
+    assert not capsys.readouterr().out
+
+
+def test_what_is_not_as_the_first_batch_is_not_compiled(compiler):
+    settled = []
+    fast, x = device.compiled(loss_of(nn.Linear(3, 3)), lambda: bool(settled)), torch.randn(4, 3)
+    fast(x)
+    settled.append(True)
+    assert not compiler["compiled"]
+    for inputs in ((x,), (x[:3],), (x, True), (x,)):
+        fast(*inputs)
+    assert compiler["compiled"] == [(x,), (x,)]
+
+
+def test_a_run_goes_on_with_an_optimizer_of_another_device():
+    """Saved where the learning rate is a tensor, restored where it is a number."""
+    weight = nn.Parameter(torch.ones(2))
+    there = torch.optim.Adam([weight], lr=torch.tensor(0.5), capturable=False, fused=True)
+    weight.sum().backward()
+    there.step()
+    here = device.adam([weight], 0.1)
+    here.load_state_dict(there.state_dict())
+    assert here.param_groups[0]["lr"] == 0.1 and not torch.is_tensor(here.param_groups[0]["lr"])
+    assert here.state[weight]["step"] == 1
+    device.set_lr(here, 0.2)
+    assert here.param_groups[0]["lr"] == 0.2
+    assert there.param_groups[0]["lr"] == 0.5
