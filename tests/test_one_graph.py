@@ -48,12 +48,12 @@ def test_forward_loss_codebook_and_backward_compile_as_one_graph(quantizer, reci
         x_tilde, z_e, z_q = model(x)
         return criterion(x_tilde, x)[0] + F.mse_loss(z_q, z_e.detach()) + args.beta * F.mse_loss(z_e, z_q.detach())
 
-    for model in models:
+    for model, how in zip(models, (lambda function: function, functools.partial(
+            torch.compile, fullgraph=True, dynamic=False, backend=count))):
         torch.manual_seed(1)
         loss_of(model, x)  # fills the codebook
         assert filled(model)
-        function = functools.partial(loss_of, model)
-        loss = (torch.compile(function, fullgraph=True, dynamic=False, backend=count) if graphs or results else function)(x)
+        loss = how(functools.partial(loss_of, model))(x)
         loss.backward()
         results.append([loss.detach(), *model.state_dict().values(),
                         *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)])
@@ -65,8 +65,8 @@ def test_forward_loss_codebook_and_backward_compile_as_one_graph(quantizer, reci
 # --- the scripts with the graph of a step stood in for
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "4",
-         "--num-epochs", "2", "--log-every", "3", "--device", "cpu", "--lr-schedule", "cosine", "--restart-below", "0.5",
-         "--average-weights", "0.9", "--codebook-decay", "0.8"]
+         "--num-epochs", "2", "--log-every", "3", "--device", "cpu", "--lr-schedule", "cosine", "--average-weights",
+         "0.9", "--restart-below", "0.5", "--codebook-decay", "0.8"]
 PRIOR = ["--model", "models/vqvae", "--hidden-size-prior", "8", "--num-layers", "2", "--batch-size", "4",
          "--num-epochs", "2", "--log-every", "3", "--device", "cpu", "--lr-schedule", "cosine"]
 SCRIPTS = {
@@ -86,7 +86,7 @@ def folder(tmp_path):
 
 
 def train(folder, monkeypatch, script, flags, recordings):
-    """A run's last checkpoint; where `recordings` is a list, of a run whose steps were replayed, which it then holds."""
+    """A run's last checkpoint; its steps are replayed where `recordings` is a list, which then holds them."""
     def graphed(step, _, *optimizers, ready=lambda: True, **__):
         if recordings is None:
             return step
