@@ -35,28 +35,30 @@ CROP_SCALE = 1.15  # of --random-crop alone
 
 
 def add_arguments(parser):
-    """Flags of the data set, for scripts that are told which."""
+    """Flags of the data set, for scripts that read one of the user's choice."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, help=f"(default what --data-folder holds; {BUILT_IN} without)")
-    group.add_argument("--image-size", type=cli.image_size, metavar="N|HxW", help="resize and center-crop the images")
+    group.add_argument("--dataset", choices=DATASETS, help="name of the data set (default what "
+                       f"--data-folder holds; {BUILT_IN} without a folder)")
+    group.add_argument("--image-size", type=cli.image_size, metavar="N|HxW", help="resize and centre-crop the "
+                       "images to this size")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False,
                        help="mirror half of the training images")
     group.add_argument("--random-crop", type=_crop_scale, nargs="?", const=CROP_SCALE, metavar="SCALE",
-                       help="resize training images to SCALE times --image-size, of which each epoch sees a part "
-                       f"anew (SCALE is {CROP_SCALE} where left out)")
+                       help="resize training images to SCALE times --image-size, and crop them to it at a random "
+                       f"place, anew each epoch (SCALE is {CROP_SCALE} where it is left out)")
     add_folder_arguments(group)
 
 
 def add_folder_arguments(group):
     """Flags of where a data set is and how it is read."""
-    group.add_argument("--data-folder", type=cli.path, help="where the data set is, or is downloaded to "
-                       "(default data, or that of the VQ-VAE)")
+    group.add_argument("--data-folder", type=cli.path, help="folder that the data set is in, or is downloaded to "
+                       "(default data, or the folder that the VQ-VAE was trained with)")
     group.add_argument("--no-download", action="store_true", help="fail where the data set is not on disk")
     group.add_argument("--skip-broken", action="store_true", help="go on without images that do not decode")
-    group.add_argument("--limit", type=cli.positive_int, metavar="N", help="use N training images, for quick looks")
+    group.add_argument("--limit", type=cli.positive_int, metavar="N", help="use the first N training images")
     cores = (os.cpu_count() or 2) // distributed.local_world_size()
     group.add_argument("--num-workers", type=cli.whole, default=max(1, cores - 1),
-                       help="processes that decode images where a data set streams from disk (default %(default)s)")
+                       help="processes that decode images where a data set streams from disk")
 
 
 def _crop_scale(text):
@@ -209,7 +211,7 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
     carved = image_folders.digest([splits[split][0] for split in missing], source.folder)
     if source.carved and not source.in_order and source.carved != carved:  # in order, whole clips are carved
         raise UserError(f"files of {source.folder} were added, removed or renamed since the model was trained, so "
-                        "that others are held out for valid and test, some of which it has learnt: put them back as "
+                        "that others are held out for valid and test, some of which it has learned: put them back as "
                         "they were, or train anew (from folders train, valid and test, which stay as they are)")
     if limit:
         images, labels = splits["train"]
@@ -257,7 +259,7 @@ def _complete_clips(splits, missing):
         raise UserError(f"{len(clips)} clips are too few to carve {' and '.join(missing)} from: add clips, or folders "
                         "valid and test")
     if missing:
-        print(f"{' and '.join(missing)}: the last clips of train. A VQ-VAE that learnt from the same folder has seen "
+        print(f"{' and '.join(missing)}: the last clips of train. A VQ-VAE that learned from the same folder has seen "
               "frames of them: folders train, valid and test keep them apart")
     for split in missing:
         clips, last = clips[:-carved], clips[-carved:]
@@ -322,7 +324,7 @@ def check_counts(path, known, now):
 
 
 def check_alike(models):
-    """UserError where one of the models has learnt what is held out for another: splits were carved from other files.
+    """UserError where one of the models has learned what is held out for another: splits were carved from other files.
 
     Args:
         models: {name: contents of a checkpoint}.
@@ -331,7 +333,7 @@ def check_alike(models):
     if len(carved) > 1:
         first, second, *_ = carved.values()
         raise UserError(f"{first} and {second} were trained on other files, of one folder or of two, and hold out "
-                        "other images, some of which the other may have learnt: train both on one folder")
+                        "other images, some of which the other may have learned: train both on one folder")
 
 
 def held_out(models, folder):

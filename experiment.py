@@ -41,12 +41,12 @@ RECIPES = {
 
 
 def add_recipe_argument(parser):
-    parser.add_argument("--recipe", choices=RECIPES, help="stands for these flags; another value of one may be given "
-                        "as well, and wins; " + "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items()))
+    parser.add_argument("--recipe", choices=RECIPES, help="set of flags by name; a flag that is given as well wins. "
+                        + "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items()))
 
 
 def parse_args(parser, argv=None):
-    """The flags of a command line (default the script's own), behind those of its recipe."""
+    """The flags of a command line, the script's own by default, with those of its recipe; a flag that is given wins."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     return parser.parse_args([*RECIPES[args.recipe].split(), *argv]) if args.recipe else args
@@ -62,46 +62,48 @@ def add_arguments(parser, output_folder):
                            help=(TERMS[name].__doc__ or name).split(":")[0].replace("`", "") + " (default %(default)g)")
     group.add_argument("--balance", choices=("gradient",), help="rescale each term so that the norm of its gradient "
                        "at the reconstruction is its weight times that of MSE")
-    group.add_argument("--sharpen", type=cli.not_negative, default=0., metavar="A", help="let the structural "
-                       "terms see the originals after an unsharp mask of this amount (default %(default)g)")
+    group.add_argument("--sharpen", type=cli.not_negative, default=0., metavar="A", help="compare the structural "
+                       "terms with originals after an unsharp mask of this amount")
     group = parser.add_argument_group("model")
-    group.add_argument("--hidden-size", type=cli.positive_int, default=256, help="(default %(default)s)")
-    group.add_argument("--k", type=cli.positive_int, default=512, help="number of codes (default %(default)s)")
-    group.add_argument("--downsample", type=int, choices=(4, 8, 16), default=4, help="sides of an image over those of "
-                       "its latents; 4 is the published model (default %(default)s)")
+    group.add_argument("--hidden-size", type=cli.positive_int, default=256, help="width of the layers and of a code")
+    group.add_argument("--k", type=cli.positive_int, default=512, help="number of codes")
+    group.add_argument("--downsample", type=int, choices=(4, 8, 16), default=4, help="pixels of an image for a "
+                       "latent, along each side; the published model has 4")
     group.add_argument("--fine-blocks", type=cli.whole, default=0, metavar="N", help="residual blocks of the decoder "
-                       "at each scale between latents and image; the published model has none (default %(default)s)")
+                       "at each scale between latents and image; the published model has none")
     group.add_argument("--beta", type=cli.not_negative, default=1.0, help="weight of the commitment loss")
-    group.add_argument("--quantizer", choices=QUANTIZERS, default="ema", help="how latents are found and learnt: a "
-                       "codebook of moving averages, by gradient descent, ... (default %(default)s)")
-    group.add_argument("--codebook-decay", type=cli.share, default=0.99, help="of the averages of a learnt "
-                       "codebook, as the next two no effect on others (default %(default)s)")
-    group.add_argument("--no-codebook-init", action="store_true", help="start from random codes, not encoder outputs")
+    group.add_argument("--quantizer", choices=QUANTIZERS, default="ema", help="how encoder outputs become codes: "
+                       "ema learns its codebook by moving averages, gradient by gradient descent, cosine compares "
+                       "directions, fsq rounds to a fixed grid, rotation is ema with rotated gradients")
+    group.add_argument("--codebook-decay", type=cli.share, default=0.99, help="decay of the moving averages "
+                       "that a codebook learns by, each step")
+    group.add_argument("--no-codebook-init", action="store_true", help="start with random codes instead of encoder "
+                       "outputs")
     group.add_argument("--restart-below", type=cli.share, default=0.02, metavar="SHARE",
-                       help="restart codes used less than this share of uniform usage; 0 never (default %(default)s)")
+                       help="restart a code that is used less than this share of uniform usage; 0 restarts none")
     group.add_argument("--frozen-codebook", type=cli.path, metavar="PT", help="take encoder and codebook from this "
                        "checkpoint, say models/vqvae/best.pt, and train the decoder alone")
     group = parser.add_argument_group("averaged weights")
-    group.add_argument("--average-weights", type=cli.share, default=0., metavar="DECAY", help="judge and keep a moving "
-                       "average of the weights over the updates, say 0.999; 0 is none (default %(default)g)")
+    group.add_argument("--average-weights", type=cli.share, default=0., metavar="DECAY", help="validate and keep a "
+                       "moving average of the weights with this decay, say 0.999; 0 keeps the weights themselves")
     cli.add_arguments(parser, output_folder=output_folder, lr=2e-4)
-    parser.add_argument("--monitor", choices=MONITORS, help="validation value that decides which epoch best.pt keeps "
-                        "(default loss; mse under --balance, where the loss changes its unit; last in vqgan.py)")
+    parser.add_argument("--monitor", choices=MONITORS, help="validation value whose best epoch best.pt keeps (default "
+                        "loss; mse with --balance, which changes the unit of the loss; last, any epoch, in vqgan.py)")
 
 
 def add_adversarial_arguments(parser):
-    """Flags of vqgan.py beside those of vqvae.py."""
+    """Flags that vqgan.py has in addition to those of vqvae.py."""
     group = parser.add_argument_group("adversarial and perceptual loss")
     group.add_argument("--disc-weight", type=cli.not_negative, default=DISC_WEIGHT, metavar="W",
-                       help="of the adversarial loss, on top of its adaptive weight (default %(default)s)")
-    group.add_argument("--disc-start", type=cli.steps_or_share, default=0.5, metavar="N", help="steps before the "
-                       "discriminator starts; below 1, a share of the training (default %(default)s)")
-    group.add_argument("--disc-hidden-size", type=cli.positive_int, default=64, help="(default %(default)s)")
+                       help="weight of the adversarial loss, times its adaptive weight")
+    group.add_argument("--disc-start", type=cli.steps_or_share, default=0.5, metavar="N", help="step at which the "
+                       "discriminator starts; below 1, a share of the training")
+    group.add_argument("--disc-hidden-size", type=cli.positive_int, default=64, help="width of the discriminator")
     group.add_argument("--disc-layers", type=cli.positive_int, default=2,
-                       help="halvings by the discriminator (default %(default)s, for 32x32; the paper has 3)")
-    group.add_argument("--disc-lr", type=cli.positive, help="(default --lr)")
+                       help="halvings of the image by the discriminator; 2 suits 32x32, the paper has 3")
+    group.add_argument("--disc-lr", type=cli.positive, help="learning rate of the discriminator (default --lr)")
     group.add_argument("--perceptual-weight", type=cli.not_negative, default=0., metavar="W",
-                       help="of a distance of EfficientNet-Lite0 features, pretrained (default %(default)g)")
+                       help="weight of a distance between features of a pretrained EfficientNet-Lite0")
     parser.set_defaults(monitor="last")  # no fixed metric sees what a discriminator adds: keep all of the training
 
 

@@ -18,8 +18,8 @@ def parse_args():
     parser = cli.Parser(description=__doc__)
     first_stage.add_arguments(parser)
     group = parser.add_argument_group("prior")
-    group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
-    group.add_argument("--num-layers", type=cli.positive_int, default=15, help="(default %(default)s)")
+    group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="width of every layer")
+    group.add_argument("--num-layers", type=cli.positive_int, default=15, help="number of layers")
     cli.add_arguments(parser, output_folder="prior", lr=3e-4)
     group = parser.add_argument_group("sampling")
     group.add_argument("--sample", type=cli.positive_int, metavar="N",
@@ -28,7 +28,7 @@ def parse_args():
                        "that name (default all in turn)")
     first_stage.add_drawing_arguments(group)
     group.add_argument("--sample-every", type=cli.positive_int, default=5, metavar="EPOCHS",
-                       help="a grid of samples for the curves (default %(default)s)")
+                       help="epochs from one grid of samples in the curves to the next")
     return parser.parse_args()
 
 

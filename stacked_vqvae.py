@@ -24,21 +24,20 @@ def parse_args():
     first_stage.add_arguments(parser)
     group = parser.add_argument_group("second stage")
     group.add_argument("--codes", type=cli.positive_int, default=3, metavar="N",
-                       help=f"for an image, each of a codebook of {CODES} of its own (default %(default)s)")
-    group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
-    group.add_argument("--num-layers", type=cli.positive_int, default=4, help="of the PixelCNN (default %(default)s)")
-    group.add_argument("--beta", type=cli.not_negative, default=0.25, help="weight of the commitment loss "
-                       "(default %(default)s)")
+                       help=f"codes that stand for an image, each with a codebook of its own of {CODES}")
+    group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="width of every layer")
+    group.add_argument("--num-layers", type=cli.positive_int, default=4, help="layers of the PixelCNN")
+    group.add_argument("--beta", type=cli.not_negative, default=0.25, help="weight of the commitment loss")
     group.add_argument("--alone-weight", type=cli.not_negative, default=1., metavar="W", help="weight of the latents' "
-                       "cross-entropy given the codes alone, which keeps the codes in use (default %(default)s)")
-    group.add_argument("--without-codes", type=cli.share, default=0.1, metavar="SHARE", help="of the training images, "
-                       "which tells what the codes carry (default %(default)s)")
+                       "cross-entropy given the codes alone, which keeps the codes in use")
+    group.add_argument("--without-codes", type=cli.share, default=0.1, metavar="SHARE", help="share of the training "
+                       "images that the PixelCNN sees without codes, which shows what the codes carry")
     cli.add_arguments(parser, output_folder="stacked", lr=1e-3)
     group = parser.add_argument_group("sampling")
     group.add_argument("--sample", type=cli.positive_int, metavar="N",
                        help="draw N images with the model in the output folder, as it was trained, and train nothing")
     group.add_argument("--draws", type=cli.positive_int, default=3, metavar="N",
-                       help="of each image from its codes (default %(default)s)")
+                       help="draws of each image from its codes")
     first_stage.add_drawing_arguments(group)
     return parser.parse_args()
 

@@ -27,24 +27,24 @@ def parse_args():
     first_stage.add_arguments(parser)
     group = parser.add_argument_group("prior")
     group.add_argument("--context", type=cli.positive_int, default=2, metavar="K",
-                       help=f"frames that the next one depends on, at most {MOST_CONTEXT} (default %(default)s)")
-    group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="(default %(default)s)")
-    group.add_argument("--num-layers", type=cli.positive_int, default=4, help="(default %(default)s)")
-    group.add_argument("--noise", type=cli.share, default=0.1, metavar="SHARE", help="of the codes before, at most, "
-                       "that training draws anew from their frame, so that errors of a rollout do not grow (default "
-                       "%(default)s)")
+                       help=f"frames that the next one depends on, at most {MOST_CONTEXT}")
+    group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="width of every layer")
+    group.add_argument("--num-layers", type=cli.positive_int, default=4, help="layers of the PixelCNN")
+    group.add_argument("--noise", type=cli.share, default=0.1, metavar="SHARE", help="largest share of the codes of "
+                       "earlier frames that training replaces by others of their frame, so that errors of a rollout do "
+                       "not grow")
     cli.add_arguments(parser, output_folder="video", lr=1e-3)
     group = parser.add_argument_group("generation")
     group.add_argument("--rollout", type=cli.positive_int, metavar="T",
                        help="generate T frames with the prior in the output folder, as it was trained, and train "
                        "nothing")
-    group.add_argument("--action", default=RECORDED, help="of every frame: a name, several after one another such as "
-                       "right,right,left, or those recorded (default %(default)s)")
+    group.add_argument("--action", default=RECORDED, help="action of every frame: a name, several in a row such as "
+                       "right,right,left, or recorded, those of the test split")
     group.add_argument("--starts", type=cli.positive_int, default=4, metavar="N",
-                       help="places in the test split to start from (default %(default)s)")
+                       help="places in the test split to start from")
     group.add_argument("--fps", type=cli.positive_int, default=30,
-                       help=f"of the GIF, about, as a frame lasts whole hundredths of a second; at most {MOST_FPS} "
-                       "(default %(default)s)")
+                       help=f"frames per second of the GIF, at most {MOST_FPS}; rounded, as a frame lasts whole "
+                       "hundredths of a second")
     first_stage.add_drawing_arguments(group)
     args = parser.parse_args()
     for flag in ("action", "starts", "fps", "temperature", "top_k"):

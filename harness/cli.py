@@ -33,7 +33,8 @@ class Parser(argparse.ArgumentParser):
 
 class _Defaults(argparse.HelpFormatter):
     def _get_help_string(self, action):
-        shown = action.option_strings and action.default not in (None, False, argparse.SUPPRESS)
+        default = action.default
+        shown = action.option_strings and default not in (None, argparse.SUPPRESS) and default is not False
         return action.help + " (default %(default)s)" if shown and "(default" not in action.help else action.help
 
 
@@ -101,33 +102,36 @@ def image_size(text):
 def add_arguments(parser, output_folder, lr):
     """The flags that every training script has."""
     group = parser.add_argument_group("optimization")
-    group.add_argument("--batch-size", type=positive_int, default=128, help="of each process (default %(default)s)")
+    group.add_argument("--batch-size", type=positive_int, default=128, help="images of a batch, of each process")
     group.add_argument("--accumulate", type=positive_int, default=1, metavar="N",
-                       help="update on the mean gradient of N batches; the "
-                       "averages of a codebook that is learnt move with each")
-    group.add_argument("--num-epochs", type=positive_int, default=100, help="(default %(default)s)")
+                       help="update the weights on the mean gradient of N batches")
+    group.add_argument("--num-epochs", type=positive_int, default=100, help="passes over the training images")
     group.add_argument("--minutes", type=positive, metavar="M",
-                       help="train for so long, whatever --num-epochs says; the schedule follows the clock")
-    group.add_argument("--lr", type=positive, default=lr, help="Adam's learning rate (default %(default)s)")
-    group.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
-    group.add_argument("--warmup-steps", type=steps_or_share, default=0, metavar="N", help="of linear rise of the "
-                       "learning rate; below 1, a share of the training (default %(default)s)")
-    group.add_argument("--seed", type=whole, default=0, help="of initial weights, order, flips and "
-                       "draws (default %(default)s)")
+                       help="train for M minutes instead of --num-epochs; the schedule follows the clock")
+    group.add_argument("--lr", type=positive, default=lr, help="learning rate of Adam")
+    group.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant",
+                       help="learning rate after the warm-up: constant, or half a cosine down to zero")
+    group.add_argument("--warmup-steps", type=steps_or_share, default=0, metavar="N",
+                       help="steps in which the learning rate rises to --lr; below 1, a share of the training")
+    group.add_argument("--seed", type=whole, default=0, help="seed of initial weights, the order of the images, "
+                       "flips and draws")
 
     group = parser.add_argument_group("run")
     group.add_argument("--output-folder", type=run_name, default=output_folder,
-                       help="name of the run under models/ and logs/ (default %(default)s)")
+                       help="name of the run: its folder under models/ and logs/")
     old = group.add_mutually_exclusive_group()
-    old.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    old.add_argument("--resume", action="store_true", help="go on with the run in the output folder, or start it "
+                     "where there is none")
     old.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
+    group.add_argument("--device", default="auto", help="device to train on: auto, cpu, cuda, cuda:1, mps")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="auto is bf16 where the device is faster with it: tensor cores, AMX, AMD's AVX-512")
-    group.add_argument("--compile", action="store_true", help="compile forward pass and loss first (a minute)")
+                       help="precision of the networks; auto is bf16 where the device is faster with it (tensor cores, "
+                       "AMX, AVX-512 of AMD)")
+    group.add_argument("--compile", action="store_true", help="compile forward pass and loss, which takes a minute")
     group.add_argument("--no-graph", action="store_true", help="on a GPU, launch each kernel of a step by itself and "
                        "not the whole step as one CUDA graph")
-    group.add_argument("--log-every", type=positive_int, default=50, metavar="STEPS", help="(default %(default)s)")
+    group.add_argument("--log-every", type=positive_int, default=50, metavar="STEPS",
+                       help="steps from one training value of a curve to the next")
 
 
 def run(main, many=True):

@@ -20,10 +20,10 @@ ENCODE_BATCH = 256
 
 def add_arguments(parser):
     """Flags of the VQ-VAE and of where its data set is."""
-    group = parser.add_argument_group("VQ-VAE: known from its checkpoint, an error where it says otherwise")
+    group = parser.add_argument_group("VQ-VAE: what is given must agree with its checkpoint")
     group.add_argument("--model", type=cli.path, required=True, metavar="PT",
                        help="checkpoint of vqvae.py or its run's folder, say models/vqvae/best.pt")
-    group.add_argument("--dataset", choices=datasets.DATASETS, help="that it was trained on")
+    group.add_argument("--dataset", choices=datasets.DATASETS, help="data set that it was trained on")
     group.add_argument("--hidden-size-vae", type=cli.positive_int, help="width of its layers")
     group.add_argument("--k", type=cli.positive_int, help="its number of codes")
     datasets.add_folder_arguments(parser.add_argument_group("data"))
@@ -31,7 +31,8 @@ def add_arguments(parser):
 
 def add_drawing_arguments(group):
     """Flags of how codes are drawn."""
-    group.add_argument("--temperature", type=cli.positive, default=1., help="of the draw (default %(default)s)")
+    group.add_argument("--temperature", type=cli.positive, default=1., help="temperature of the draw: "
+                       "below 1 prefers probable codes")
     group.add_argument("--top-k", type=cli.positive_int, help="draw from the most probable codes only")
 
 
