@@ -24,7 +24,6 @@ from terms.structure import ms_ssim_weights
 # Name -> larger is better. "last" is the number of steps: best.pt then holds the last epoch.
 MONITORS = {"loss": False, "mse": False, "last": True}
 PICTURES = 12
-DISC_WEIGHT = 0.8  # of the adversarial loss, where there is one
 ADAM_BETAS = (0.9, 0.99)  # a second moment that forgets the steep first steps: +0.3 dB in 4 epochs of CIFAR-10
 
 # Recipes: sets of flags by name; `--recipe NAME` stands for them.
@@ -89,22 +88,6 @@ def add_arguments(parser, output_folder):
     cli.add_arguments(parser, output_folder=output_folder, lr=2e-4)
     parser.add_argument("--monitor", choices=MONITORS, help="validation value whose best epoch best.pt keeps (default "
                         "loss; mse with --balance, which changes the unit of the loss; last, any epoch, in vqgan.py)")
-
-
-def add_adversarial_arguments(parser):
-    """Flags that vqgan.py has in addition to those of vqvae.py."""
-    group = parser.add_argument_group("adversarial and perceptual loss")
-    group.add_argument("--disc-weight", type=cli.not_negative, default=DISC_WEIGHT, metavar="W",
-                       help="weight of the adversarial loss, times its adaptive weight")
-    group.add_argument("--disc-start", type=cli.steps_or_share, default=0.5, metavar="N", help="step at which the "
-                       "discriminator starts; below 1, a share of the training")
-    group.add_argument("--disc-hidden-size", type=cli.positive_int, default=64, help="width of the discriminator")
-    group.add_argument("--disc-layers", type=cli.positive_int, default=2,
-                       help="halvings of the image by the discriminator; 2 suits 32x32, the paper has 3")
-    group.add_argument("--disc-lr", type=cli.positive, help="learning rate of the discriminator (default --lr)")
-    group.add_argument("--perceptual-weight", type=cli.not_negative, default=0., metavar="W",
-                       help="weight of a distance between features of a pretrained EfficientNet-Lite0")
-    parser.set_defaults(monitor="last")  # no fixed metric sees what a discriminator adds: keep all of the training
 
 
 def weights_of(args):

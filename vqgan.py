@@ -22,7 +22,18 @@ EPS = 1e-4  # keeps the adaptive weight finite where the adversarial gradient va
 def parse_args():
     parser = cli.Parser(description=__doc__)
     experiment.add_arguments(parser, output_folder="vqgan")
-    experiment.add_adversarial_arguments(parser)
+    group = parser.add_argument_group("adversarial and perceptual loss")
+    group.add_argument("--disc-weight", type=cli.not_negative, default=0.8, metavar="W",
+                       help="weight of the adversarial loss, times its adaptive weight")
+    group.add_argument("--disc-start", type=cli.steps_or_share, default=0.5, metavar="N", help="step at which the "
+                       "discriminator starts; below 1, a share of the training")
+    group.add_argument("--disc-hidden-size", type=cli.positive_int, default=64, help="width of the discriminator")
+    group.add_argument("--disc-layers", type=cli.positive_int, default=2,
+                       help="halvings of the image by the discriminator; 2 suits 32x32, the paper has 3")
+    group.add_argument("--disc-lr", type=cli.positive, help="learning rate of the discriminator (default --lr)")
+    group.add_argument("--perceptual-weight", type=cli.not_negative, default=0., metavar="W",
+                       help="weight of a distance between features of a pretrained EfficientNet-Lite0")
+    parser.set_defaults(monitor="last")  # no fixed metric sees what a discriminator adds: keep all of the training
     return experiment.parse_args(parser)
 
 

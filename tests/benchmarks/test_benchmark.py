@@ -79,7 +79,7 @@ def test_our_step_is_that_of_the_flags():
     args = steps.flags_of("--recipe", "recommended", "--hidden-size", 8)
     assert args.lr == 2e-3 and args.quantizer == "ema" and args.hidden_size == 8
     model = VectorQuantizedVAE(**experiment.model_args_of(args, 3))
-    assert experiment.optimizer_of(model, args.lr).defaults["betas"] == experiment.ADAM_BETAS
+    assert experiment.build_optimizer(args, model).defaults["betas"] == experiment.ADAM_BETAS
     models = []
     step = steps.Training(steps.noise(4, 16, "cpu"), "--hidden-size", 8, "--k", 16, prepare=models.append)
     before = {name: value.clone() for name, value in models[0].state_dict().items()}
