@@ -3,12 +3,13 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from harness import checkpoint, cli, report
-from harness.device import adam, autocast_of, compiled, one_step, pick_device, pick_precision, set_lr
+from harness import checkpoint, cli, distributed, report
+from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
 from harness.folder import run_folder
 from modules import GatedPixelCNN
 from priors import first_stage
+from priors.latents import count_images, load_latents, mean_nats, split_latents
 
 COLUMNS, MOST_ROWS = 10, 10  # of a picture of samples: a row is a class
 MAY_CHANGE_ON_RESUME = {"sample", "label", "temperature", "top_k", "sample_every"}
@@ -35,9 +36,9 @@ def parse_args():
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    args.precision = pick_precision(device, args.precision)
-    first = first_stage.FirstStage(args, device)
-    classes = first.classes
+    first = first_stage.FirstStage(args.model, device)
+    args, source = first_stage.settle(args, first)
+    autocast, classes = autocast_of(device, args.precision), first.classes
     if args.label is not None:
         args.label = first_stage.class_of(args.label, classes)
     if args.sample:
@@ -46,17 +47,19 @@ def main():
         raise UserError(f"--label {classes[args.label]} is for samples, training takes all classes: add --sample, or "
                         "leave it out")
 
-    # Data fail here, before an old run is replaced.
-    train, valid, test = first.batches("prior", of_classes=bool(classes))
+    splits = load_latents(args, first, source, "prior")
+    train, valid, test = split_latents(splits, args, device, of_classes=bool(classes))
     labels = train.labels.unique() if classes else None  # Mini-ImageNet's training images lack some
-    first.data = first.data | {"labels": labels.tolist() if classes else []}
-    autocast = autocast_of(device, args.precision)
     torch.manual_seed(args.seed)
     model_args = {"input_dim": first.K, "dim": args.hidden_size_prior, "n_layers": args.num_layers,
                   "n_classes": len(classes)}
     model = GatedPixelCNN(**model_args).to(device, memory_format=torch.channels_last)
     optimizer = adam(model.parameters(), args.lr)
-    run, network = first.start("prior", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
+
+    run = first_stage.open_run("prior", args, first, {
+        "model": model, "optimizer": optimizer, "model_args": model_args, "images": count_images(splits),
+        "data": first.data | {"labels": labels.tolist() if classes else []}}, MAY_CHANGE_ON_RESUME)
+    network = distributed.wrap(model, device)
 
     def forward(codes, label):
         """Nats it takes to code a latent, each given those above and to its left, and the class."""
@@ -110,7 +113,7 @@ def main():
 
 def measure(model, batches, first, autocast):
     """What the prior needs to code a latent."""
-    nats = first_stage.mean_nats(model, batches, autocast, lambda codes, label: (
+    nats = mean_nats(model, batches, autocast, lambda codes, label: (
         {"nats": model(codes, label if first.classes else None)}, codes))["nats"]
     return first.code_length(nats)
 
@@ -137,10 +140,10 @@ def save_samples(path, images):
 
 def sample(args, first):
     """Draw images from the prior in the output folder and save them as one picture."""
-    model, ckpt = first.trained("prior", GatedPixelCNN.rebuild)
+    model, ckpt = first_stage.open_trained("prior", args, first, GatedPixelCNN.rebuild)
     labels = args.sample
     if first.classes:
-        seen = ckpt["data"].get("labels", range(len(first.classes)))  # older checkpoints name none
+        seen = ckpt["data"]["labels"]
         if args.label is not None and args.label not in seen:
             raise UserError(f"--label {first.classes[args.label]} is a class without training images: this prior knows "
                             + first_stage.some([first.classes[number] for number in seen]))

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 import metrics
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
-from harness.device import adam, autocast_of, compiled, one_step, pick_device, pick_precision, set_lr
+from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
 from harness.folder import run_folder
 from priors import first_stage
+from priors.latents import count_images, load_latents, mean_nats, open_images, split_latents
 from priors.networks import CODES, StackedVQVAE
 from quantizers import filled
 
@@ -47,10 +48,11 @@ def main():
     if not args.without_codes:
         raise UserError("--without-codes 0 would leave open what the codes carry: pass a share above 0")
     device = pick_device(args.device)
-    args.precision = pick_precision(device, args.precision)
-    first = first_stage.FirstStage(args, device)
+    first = first_stage.FirstStage(args.model, device)
+    args, source = first_stage.settle(args, first)
+    autocast = autocast_of(device, args.precision)
     if args.sample:
-        return sample(args, first)
+        return sample(args, first, source)
 
     embedded = first.embedded_codes()  # (K, D)
     model_args = {"K": first.K, "D": embedded.shape[1], "shape": first.shape, "n_codes": args.codes,
@@ -59,18 +61,18 @@ def main():
     model = StackedVQVAE(**model_args)
     model.first.weight.data.copy_(embedded)
     model.to(device, memory_format=torch.channels_last)
-    # Data fail here, before an old run is replaced.
-    splits = first.cached("stacked")
+    splits = load_latents(args, first, source, "stacked")
+    counts = count_images(splits)
     splits |= {split: with_another(*splits[split], split) for split in ("valid", "test")}
-    train, valid, test = first_stage.split_latents(splits, args, device)
+    train, valid, test = split_latents(splits, args, device)
     if min(train.sizes()) == 1:
         raise UserError("a batch of one image is too little for batch norm: pass a --batch-size and a --limit of 2 or "
                         "more, or add images")
-    autocast = autocast_of(device, args.precision)
     optimizer = adam(model.parameters(), args.lr)
-    run, network = first.start("stacked", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
 
-    ready = partial(filled, model)
+    run = first_stage.open_run("stacked", args, first, {
+        "model": model, "optimizer": optimizer, "model_args": model_args, "images": counts}, MAY_CHANGE_ON_RESUME)
+    network, ready = distributed.wrap(model, device), partial(filled, model)
 
     def forward(grid, absent):
         with autocast():
@@ -112,7 +114,7 @@ def main():
     # The best epoch, once, on the test split.
     model.load_state_dict(checkpoint.load(run.models / "best.pt", "stacked")["model"])
     values = measure(model, test, first, autocast)
-    psnr, picture = reconstruct(args, first, model, "reconstructions.png")
+    psnr, picture = reconstruct(args, first, source, model, "reconstructions.png")
     results = run.finish(values | psnr, tuple(values | psnr))
     print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in values | psnr]))
     print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
@@ -148,7 +150,7 @@ def measure(model, batches, first, autocast):
                       "none": model.condition(z_q, without)}
         return {name: model.pixelcnn(grid, spatial=part) for name, part in conditions.items()}, grid
 
-    nats = first_stage.mean_nats(model, batches, autocast, logits_of)
+    nats = mean_nats(model, batches, autocast, logits_of)
     values = first.code_length(nats["right"]) | {"nats_swapped_codes": nats["swapped"], "nats_no_codes": nats["none"],
                                                  "bits_carried": (nats["none"] - nats["right"]) / math.log(2)
                                                  * math.prod(first.shape)}
@@ -157,9 +159,9 @@ def measure(model, batches, first, autocast):
     return values
 
 
-def reconstruct(args, first, model, name):
+def reconstruct(args, first, source, model, name):
     """PSNR of images of the test split from their codes, and a picture of them, a file `name` of the run."""
-    x = first.images().test.examples(SHOWN)
+    x = open_images(args, first, source).test.examples(SHOWN)
     grid, original = first.encode(x), metrics.as_8bit(x)
     generator = torch.Generator().manual_seed(args.seed)
     model.eval()
@@ -176,15 +178,15 @@ def reconstruct(args, first, model, name):
             report.save_picture(path, rows))
 
 
-def sample(args, first):
+def sample(args, first, source):
     """Draw codes from their prior, latents from the codes, and decode them: one picture."""
-    model, _ = first.trained("stacked", StackedVQVAE.rebuild)
+    model, _ = first_stage.open_trained("stacked", args, first, StackedVQVAE.rebuild)
     generator = torch.Generator().manual_seed(args.seed)
     codes = model.draw_codes(args.sample, args.temperature, args.top_k, generator)
     images = first.decode(model.draw(codes, args.temperature, args.top_k, generator))
     path = run_folder("models", args.output_folder) / first_stage.name_of_sample(args)
     print(f"samples: {report.save_picture(path, images.split(SHOWN))}")
-    _, picture = reconstruct(args, first, model, first_stage.name_of_sample(args, "reconstructions"))
+    _, picture = reconstruct(args, first, source, model, first_stage.name_of_sample(args, "reconstructions"))
     print(f"from their codes: {picture}")
 
 

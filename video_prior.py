@@ -10,10 +10,11 @@ import datasets
 from datasets import SPLITS
 from harness import checkpoint, cli, distributed, report
 from harness.batches import send
-from harness.device import adam, autocast_of, compiled, one_step, pick_device, pick_precision, set_lr
+from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
 from harness.folder import run_folder
 from priors import first_stage
+from priors.latents import count_images, load_latents, mean_nats, read_or_encode, split_latents
 from priors.networks import VideoPrior
 
 MAY_CHANGE_ON_RESUME = {"rollout", "action", "starts", "temperature", "top_k", "fps"}
@@ -60,23 +61,26 @@ def main():
         if value > most:
             raise UserError(f"{flag} {value} is too many: pass at most {most}")
     device = pick_device(args.device)
-    args.precision = pick_precision(device, args.precision)
-    first = first_stage.FirstStage(args, device, in_order=True)
+    first = first_stage.FirstStage(args.model, device)
+    args, source = first_stage.settle(args, first, in_order=True)
+    autocast = autocast_of(device, args.precision)
     actions = getattr(datasets.DATASETS[args.dataset], "actions", [])
     if args.rollout:
-        return roll_out(args, first, actions, device)
+        return roll_out(args, first, source, actions)
 
-    # Data fail here, before an old run is replaced.
-    frames = first.cached("video")
+    frames = load_latents(args, first, source, "video")
     windows = {split: cut(*frames[split], args.context, split) for split in SPLITS}
-    train, valid, test = first_stage.split_latents(windows, args, device)
-    autocast = autocast_of(device, args.precision)
+    train, valid, test = split_latents(windows, args, device)
     torch.manual_seed(args.seed)
     model_args = {"K": first.K, "context": args.context, "n_actions": len(actions), "dim": args.hidden_size_prior,
                   "n_layers": args.num_layers}
     model = VideoPrior(**model_args).to(device, memory_format=torch.channels_last)
     optimizer = adam(model.parameters(), args.lr)
-    run, network = first.start("video", model, optimizer, model_args, MAY_CHANGE_ON_RESUME)
+
+    run = first_stage.open_run("video", args, first, {
+        "model": model, "optimizer": optimizer, "model_args": model_args, "images": count_images(frames)},
+        MAY_CHANGE_ON_RESUME)
+    network = distributed.wrap(model, device)
 
     def forward(window, action):
         """Nats it takes to code a latent, each given those above and to its left, the frames before and the action."""
@@ -154,7 +158,7 @@ def disturb(window, most):
 
 def measure(model, batches, first, autocast):
     """Code length of a frame's latents, and the share of them whose most probable code is right."""
-    values = first_stage.mean_nats(model, batches, autocast,
+    values = mean_nats(model, batches, autocast,
                                lambda window, action: ({"nats": model(window, action)}, window[:, -1]))
     return first.code_length(values["nats"]) | {"right": values["nats_right"]}
 
@@ -195,12 +199,12 @@ def chosen_actions(text, names, recorded):
     return torch.tensor(chosen).expand(len(recorded), -1)
 
 
-def roll_out(args, first, actions, device):
+def roll_out(args, first, source, actions):
     """Go on from frames of the test split for --rollout frames: a GIF and a film strip, real above generated."""
     chosen_actions(args.action, actions, torch.zeros(1, args.rollout, dtype=torch.int64))  # a wrong name fails early
-    model, _ = first.trained("video", VideoPrior.rebuild)
+    model, _ = first_stage.open_trained("video", args, first, VideoPrior.rebuild)
     folder, context = run_folder("models", args.output_folder), model.context
-    frames, rows = first.read_or_encode(folder / "latents.pt")["test"]
+    frames, rows = read_or_encode(folder / "latents.pt", args, first, source)["test"]
     starts = starts_of_windows(rows, context + args.rollout, "test", "--rollout")
     if len(starts) < args.starts:
         print(f"the test split has {len(starts)} places to start from, not --starts {args.starts}: all are taken")
@@ -212,8 +216,8 @@ def roll_out(args, first, actions, device):
         raise UserError(f"--starts {args.starts} is too many for a GIF, which has a column for each: pass at most "
                         f"{most}")
     window = (starts[:, None] + torch.arange(context + args.rollout))
-    real = frames[window].long().to(device)
-    chosen = chosen_actions(args.action, actions, rows[window[:, context:], 3]).to(device)
+    real = frames[window].long().to(first.device)
+    chosen = chosen_actions(args.action, actions, rows[window[:, context:], 3]).to(first.device)
     generator = torch.Generator().manual_seed(args.seed)
     drawn = model.rollout(real[:, :context], chosen, args.temperature, args.top_k, generator)
     videos = [first.decode(part.flatten(0, 1)).unflatten(0, part.shape[:2]).cpu()

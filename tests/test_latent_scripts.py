@@ -14,7 +14,7 @@ from test_distributed import finish, torchrun
 import stacked_vqvae
 import video_prior
 from harness import checkpoint, distributed
-from priors import first_stage
+from priors.latents import split_latents
 
 SMALL = ("--hidden-size-prior", "8", "--num-layers", "2", "--batch-size", "8", "--device", "cpu", "--precision", "fp32")
 SCRIPTS = {"stacked_vqvae.py": ("stacked", ("--codes", "2", "--draws", "2")), "video_prior.py": ("video", ())}
@@ -131,7 +131,7 @@ def test_a_first_stage_of_other_classes_in_test_keeps_its_splits():
     splits = {"train": (grids, torch.zeros(20).long()), "valid": (grids[:4], torch.ones(4).long()),
               "test": (grids[:3], torch.ones(3).long())}
     args = argparse.Namespace(batch_size=8, seed=0, limit=None)
-    assert [len(part.images) for part in first_stage.split_latents(splits, args, "cpu")] == [20, 4, 3]
+    assert [len(part.images) for part in split_latents(splits, args, "cpu")] == [20, 4, 3]
 
 
 def test_windows_hold_frames_that_follow_one_another_and_the_action_that_led_to_the_last():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from harness import checkpoint
 from modules import GatedPixelCNN, draw
-from priors import first_stage
+from priors.latents import split_latents
 
 FIXTURE = Path(__file__).parent / "fixtures" / "upstream_compat.pt"
 
@@ -217,12 +217,12 @@ def test_splits_without_the_training_classes_are_carved_from_train(folder, capsy
     splits = {"train": (grids, torch.arange(40) % 4), "valid": (grids[:4], torch.full((4,), 4)),
               "test": (grids[:4], torch.full((4,), 5))}
     args = argparse.Namespace(batch_size=8, seed=0, limit=None)
-    of = first_stage.split_latents(splits, args, "cpu", of_classes=True)
+    of = split_latents(splits, args, "cpu", of_classes=True)
     parts = [set(batches.images.flatten().tolist()) for batches in of]
     assert "carved from train" in capsys.readouterr().out
     assert [len(part) for part in parts] == [32, 4, 4] and len(set.union(*parts)) == 40
     with pytest.raises(ValueError, match="1 training images are too few"):
-        first_stage.split_latents(splits | {"train": (grids[:1], torch.zeros(1))}, args, "cpu", of_classes=True)
+        split_latents(splits | {"train": (grids[:1], torch.zeros(1))}, args, "cpu", of_classes=True)
 
 
 def test_the_two_commands_of_mini_imagenet(tmp_path):
