@@ -11,6 +11,7 @@ import torch
 import datasets
 from experiment import RECIPES
 from harness import checkpoint, cli
+from harness.device import pick_device
 from harness.errors import UserError
 from losses import TERMS
 from study import measuring, mixes, tables
@@ -81,7 +82,7 @@ def main():
     tables_folder = folder if args.split == "valid" else folder / args.split
     check_tables(tables_folder / "table.json", sweep.mixes)
     data = data_flags(flags)
-    device = cli.pick_device(data.device)
+    device = pick_device(data.device)
     if not all((run / "results.json").exists() for run in runs.values()):
         try_judges(data, [run for run in runs.values() if (run / "best.pt").exists()], args.features, device)
 

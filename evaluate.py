@@ -6,6 +6,7 @@ import torch
 import datasets
 import metrics
 from harness import checkpoint, cli, report
+from harness.device import pick_device
 from harness.errors import UserError
 from harness.folder import holds_run
 from modules import GatedPixelCNN, VectorQuantizedVAE
@@ -56,7 +57,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = cli.pick_device(args.device)
+    device = pick_device(args.device)
     if args.prior:
         evaluate_prior(args, device)
     else:

@@ -10,6 +10,7 @@ from torch import nn
 import metrics
 from harness import checkpoint, cli, report
 from harness.decoding import BrokenImage, decode
+from harness.device import pick_device
 from harness.errors import UserError
 from harness.images import find_images
 from modules import VectorQuantizedVAE
@@ -32,7 +33,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = cli.pick_device(args.device)
+    device = pick_device(args.device)
     ckpt = checkpoint.load(args.model, "vqvae", {"data": {"channels": int}})
     model = VectorQuantizedVAE.rebuild(ckpt).to(device, memory_format=torch.channels_last)
     sources = name_targets(list_sources(args.images), Path(args.output), args.overwrite)

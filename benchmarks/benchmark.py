@@ -22,6 +22,7 @@ from datasets import Source, load
 from functions import vq
 from harness import checkpoint, cli, report
 from harness.batches import Batches
+from harness.device import adam, autocast_of, pick_device
 from harness.errors import UserError
 from losses import TERMS
 from modules import GatedPixelCNN, VectorQuantizedVAE, draw
@@ -204,10 +205,10 @@ def prior_step(device):
     """Update of the default prior on a batch of 8x8 latents: an epoch is as many of them."""
     codes, label = torch.randint(CODES, (BATCH, 8, 8), device=device), torch.randint(10, (BATCH,), device=device)
     x = next(iter(steps.photos(device)))[0].contiguous()
-    vqvae, autocast = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval(), cli.autocast_of(device, "auto")
+    vqvae, autocast = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval(), autocast_of(device, "auto")
     plain, ours = GatedPixelCNN(CODES).to(device), GatedPixelCNN(CODES).to(device, memory_format=torch.channels_last)
     plain_optimizer = torch.optim.Adam(plain.parameters())
-    our_optimizer = cli.adam(ours.parameters(), lr=1e-3)
+    our_optimizer = adam(ours.parameters(), lr=1e-3)
 
     def plain_step():
         with torch.no_grad():
@@ -308,7 +309,7 @@ def main():
     parser.add_argument("--device", default="auto", help="(default %(default)s)")
     parser.add_argument("--output", type=cli.path, default="benchmark.json", help="JSON file (default %(default)s)")
     args = parser.parse_args()
-    device, results = cli.pick_device(args.device), {}
+    device, results = pick_device(args.device), {}
     if not Path(args.output).parent.is_dir() or Path(args.output).is_dir():
         raise UserError(f"--output {args.output} must be a file in a folder that exists")
     unknown = set(args.subjects) - set(SUBJECTS)

@@ -17,7 +17,7 @@ import experiment
 from datasets import Source, load
 from harness import cli
 from harness.batches import Batches
-from harness.device import autocast_of, compiled, one_step
+from harness.device import autocast_of, compiled, keep_freed_memory, one_step
 from losses import ReconstructionLoss
 from modules import Upsampling, VectorQuantizedVAE
 from quantizers import filled
@@ -151,9 +151,9 @@ def training_step_64(device):
         photos(device), "--hidden-size", 64)
 
     def returning_memory():
-        cli.keep_freed_memory(BEFORE_KEPT)
+        keep_freed_memory(BEFORE_KEPT)
         _times(before)()
-        cli.keep_freed_memory()
+        keep_freed_memory()
     return {"as before": (returning_memory, 1 / STEPS_A_CALL),
             "vqvae.py --hidden-size 64": (_times(now), 1 / STEPS_A_CALL)}
 

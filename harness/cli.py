@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from harness import checkpoint, distributed
-from harness.device import adam, autocast_of, keep_freed_memory, pick_device, pick_precision  # noqa: F401
+from harness.device import keep_freed_memory
 from harness.errors import UserError
 
 # --- flags

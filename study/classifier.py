@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import datasets
-from harness import checkpoint, cli
+from harness import checkpoint
 from harness.batches import Batches
+from harness.device import autocast_of
 from harness.errors import UserError
 
 EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY = 5, 128, 3e-3, 5e-2
@@ -115,7 +116,7 @@ def train_classifier(data, epochs=EPOCHS, seed=0):
         model = Classifier(data.channels, len(data.classes)).to(device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * len(batches) + 1)
-        generator, autocast = torch.Generator().manual_seed(seed), cli.autocast_of(device, "auto")
+        generator, autocast = torch.Generator().manual_seed(seed), autocast_of(device, "auto")
         for epoch in range(epochs):
             for x, label in batches.epoch(epoch):
                 with autocast():

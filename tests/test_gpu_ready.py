@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from functions import vq
-from harness import checkpoint, cli, device
+from harness import checkpoint, device
 from harness.run import Run
 from losses import TERMS, ReconstructionLoss
 from metrics import CONVENTIONS, IMAGE_METRICS, as_8bit
@@ -185,13 +185,25 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     allowed, empty = torch.get_float32_matmul_precision(), torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, device=None, **kwargs: empty(*args, **kwargs))
     try:
-        assert cli.pick_device("auto") == cli.pick_device("cuda") == torch.device("cuda", 0)
-        assert cli.pick_device("cuda:1") == torch.device("cuda", 1) and taken == [0, 0, 1]
+        assert device.pick_device("auto") == device.pick_device("cuda") == torch.device("cuda", 0)
+        assert device.pick_device("cuda:1") == torch.device("cuda", 1) and taken == [0, 0, 1]
     finally:
         torch.set_float32_matmul_precision(allowed)
+
+
+@pytest.mark.parametrize("precision, allowed", [("fp32", True), ("bf16", False)])
+def test_tf32_is_for_networks_in_float32_alone(monkeypatch, precision, allowed):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
+    before = torch.get_float32_matmul_precision()
+    try:
+        device.autocast_of(torch.device("cuda"), precision)
+        assert (torch.get_float32_matmul_precision() != "highest") == torch.backends.cudnn.allow_tf32 == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("amx, avx512_bf16, intel, precision", [
@@ -201,7 +213,7 @@ def test_a_cpu_has_bf16_where_it_is_faster(monkeypatch, amx, avx512_bf16, intel,
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(device, "_is_intel", lambda: intel)
-    with cli.autocast_of(torch.device("cpu"), "auto")():
+    with device.autocast_of(torch.device("cpu"), "auto")():
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
 
 

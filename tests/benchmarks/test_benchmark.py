@@ -8,7 +8,7 @@ from PIL import Image
 
 import experiment
 from benchmarks import benchmark, steps
-from harness import cli
+from harness.device import keep_freed_memory
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
 
@@ -30,7 +30,7 @@ def test_medians_of_calls_in_turn(monkeypatch):
 
 @pytest.mark.skipif(benchmark.extra_memory_mb(lambda: None, torch.device("cpu")) is None, reason="needs Linux")
 def test_memory_is_what_a_call_holds_at_once():
-    cli.keep_freed_memory()  # as in every script
+    keep_freed_memory()  # as in every script
 
     def hold(megabytes):
         return lambda: torch.ones(megabytes, 2 ** 18).sum()  # float32
