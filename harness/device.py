@@ -236,7 +236,7 @@ class GraphedStep:
         except Exception as error:  # what cannot be captured runs as it is
             for optimizer in self.optimizers:
                 optimizer.zero_grad()  # memory of the graph that failed
-            self.most = len(self.captured)  # it would fail again
+            self.captured, self.most = {}, 0  # earlier graphs draw from the generator that it leaves behind
             _say(self.what, f"is no CUDA graph: {_line(error)}")
             return False
         if len(self.captured) == 1:
@@ -267,7 +267,7 @@ class CUDAGraphs:
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 values = function(*inputs)
         except Exception:
-            self.generator.graphsafe_set_state(before)  # or it would still count for the capture
+            self.generator.graphsafe_set_state(before)  # the one now may still count for the capture
             raise
 
         def replay():

@@ -92,16 +92,18 @@ def test_nothing_is_captured_before_it_is_ready(capsys):
     assert step.graphs.captures == 1 and "captured in" in capsys.readouterr().out
 
 
-def test_a_step_that_cannot_be_captured_is_one_line_and_goes_on(capsys):
+@pytest.mark.parametrize("first, case", [(0, "alike"), (1, "a part starts")])
+def test_a_step_that_cannot_be_captured_is_one_line_and_goes_on(capsys, first, case):
     runs = []
     for graphed in (False, True):
         steps = Steps()
-        step = steps.graphed(fails="operation not permitted\nwhen capturing") if graphed else steps.step
+        step = steps.graphed(fails="operation not permitted\nwhen capturing", first=first) if graphed else steps.step
         torch.manual_seed(2)
-        runs.append(train(steps, step, CASES["alike"]))
+        runs.append(train(steps, step, CASES[case]))
     assert same(*runs)
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "no CUDA graph: operation not permitted" in out
+    *captured, failed = capsys.readouterr().out.splitlines()
+    assert failed == "the step is no CUDA graph: operation not permitted" and len(captured) == first
+    assert step.captured == {}
 
 
 def test_a_step_that_waits_for_the_device_is_not_captured(capsys):
