@@ -95,7 +95,7 @@ def test_training_learns(folder):
 
 @pytest.mark.parametrize("term", TERMS)
 def test_every_term_trains_alone(folder, term):
-    size = "24" if term == "ms-ssim" else "16"
+    size = "24" if term in ("ms-ssim", "nlpd") else "16"
     flags = ("--mse-weight", "0", f"--{term}-weight", "1", "--image-size", size, "--num-epochs", "1")
     code, out, err = run(folder, *flags)
     assert code == 0, err

@@ -351,10 +351,10 @@ def test_a_budget_of_time_ends_the_run_at_the_step_that_spends_it(folder, monkey
     assert results["steps"] == results["train_seconds"] == 6 and results["epochs"] == 2  # of 4 steps
 
 
-def test_compile_compiles_the_two_networks(folder, monkeypatch):
+def test_compile_compiles_forward_pass_and_loss_as_one(folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
-    assert run(folder, "--num-epochs", "1", "--compile")[0] == 0 and len(compiled) == 2
+    assert run(folder, "--num-epochs", "1", "--compile")[0] == 0 and len(compiled) == 1
 
 
 # --- folders that cannot be written, and Ctrl-C
