@@ -57,20 +57,6 @@ class ResBlock(nn.Module):
         return x + self.block(x)
 
 
-class Upsampling(nn.ConvTranspose2d):
-    """Transposed convolution that doubles both sides."""
-
-    def __init__(self, dim, dim_out):
-        super().__init__(dim, dim_out, 4, 2, 1)
-
-    def forward(self, x):
-        if x.device.type != "cpu":
-            return super().forward(x)
-        # The gradient of a bias within the convolution takes a CPU as long as that of the weights.
-        out = F.conv_transpose2d(x, self.weight, None, self.stride, self.padding)
-        return out + self.bias.to(out.dtype).view(1, -1, 1, 1)
-
-
 class VectorQuantizedVAE(Rebuilt, nn.Module):
     """Convolutional VQ-VAE; keys and arguments of the public pytorch-vqvae project, whose `downsample` is 4.
 
@@ -110,7 +96,7 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
             ResBlock(dim),
             nn.ReLU(True),
             *(layer for _ in range(deeper + 1) for layer in (
-                Upsampling(dim, dim), BatchNorm2d(dim), nn.ReLU(True),
+                nn.ConvTranspose2d(dim, dim, 4, 2, 1), BatchNorm2d(dim), nn.ReLU(True),
                 *(ResBlock(dim) for _ in range(fine_blocks)), *((nn.ReLU(True),) if fine_blocks else ()))),
             nn.ConvTranspose2d(dim, input_dim, 4, 2, 1),
             nn.Tanh(),

@@ -214,7 +214,7 @@ def training(device, small):
             (32, 128, ()), (32, 1024, ()), (128, 32, ("--hidden-size", 64)), (256, 16, ("--hidden-size", 64))):
         images, hidden = steps.noise(count, side, device), steps.flags_of(*flags).hidden_size
         x = images[0][0].contiguous()
-        plain, plain_compiled = (gpu_steps.plain_step(lambda x=x: x, device, hidden, compile=compile)
+        plain, plain_compiled = (steps.plain_step(lambda x=x: x, device, hidden, compile=compile)
                                  for compile in (False, True))
         calls = {"plain loop, TF32": plain, "plain loop, compiled": plain_compiled,
                  "vqvae.py --no-graph": steps.Training(images, *flags, "--no-graph"),
@@ -223,7 +223,7 @@ def training(device, small):
                  "recommended": steps.Training(images, *flags, *steps.RECOMMENDED),
                  "recommended --compile": steps.Training(images, *flags, *steps.RECOMMENDED, "--compile")}
         rows += rows_of(f"{count} of {side}x{side}, hidden {hidden}", calls, device, count,
-                        gpu_steps.flops_of(side, device, *flags))
+                        steps.flops_of(side, device, *flags))
     return rows
 
 

@@ -3,38 +3,13 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import experiment
 import vqgan
-from benchmarks.steps import CODES, HIDDEN, Training, flags_of, noise
-from harness.device import adam, allow_tf32, autocast_of, one_step
-from modules import GatedPixelCNN, VectorQuantizedVAE
+from benchmarks.steps import Training, flags_of
+from harness.device import adam, autocast_of, one_step
+from modules import GatedPixelCNN
 from quantizers import filled
-
-
-def plain_step(images, device, hidden=HIDDEN, downsample=4, compile=False):
-    """The ancestor's way: float32 (TF32 on a GPU), channels first, all N x K distances; `images()` makes a batch."""
-    model = VectorQuantizedVAE(3, hidden, CODES, downsample).to(device).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
-
-    def losses(x):
-        z_e = model.encoder(x)
-        vectors, (codes,) = z_e.permute(0, 2, 3, 1).contiguous(), model.codebook.parameters()
-        flat = vectors.detach().view(-1, hidden)
-        distances = torch.addmm((codes ** 2).sum(1) + (flat ** 2).sum(1, keepdim=True), flat, codes.t(), alpha=-2.)
-        z_q = codes.index_select(0, distances.argmin(1)).view_as(vectors).permute(0, 3, 1, 2).contiguous()
-        x_tilde = model.decoder(z_e + (z_q - z_e).detach())
-        return F.mse_loss(x_tilde, x) + F.mse_loss(z_q, z_e.detach()) + F.mse_loss(z_e, z_q.detach())
-    losses = torch.compile(losses) if compile else losses
-
-    def step():
-        allow_tf32(True)
-        optimizer.zero_grad()
-        losses(images()).backward()
-        optimizer.step()
-        allow_tf32(False)
-    return step
 
 
 class Adversarial(Training):
@@ -96,12 +71,3 @@ def sample_plainly(prior, label, shape):
         for j in range(shape[1]):
             latents[:, i, j] = prior(latents, label)[:, :, i, j].softmax(1).multinomial(1)[:, 0]
     return latents
-
-
-def flops_of(side, device, *flags):
-    """Operations of a step of vqvae.py with these flags, for an image."""
-    images = noise(2, side, device)
-    step = Training(images, *flags)
-    with FlopCounterMode(display=False) as counted:
-        step()
-    return counted.get_total_flops() / len(images[0][0])

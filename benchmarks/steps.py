@@ -10,16 +10,15 @@ import time
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import experiment
 from datasets import Source, load
 from harness import cli
 from harness.batches import Batches
-from harness.device import autocast_of, compiled, keep_freed_memory, one_step
+from harness.device import allow_tf32, autocast_of, compiled, keep_freed_memory, one_step
 from losses import ReconstructionLoss
-from modules import Upsampling, VectorQuantizedVAE
+from modules import VectorQuantizedVAE
 from quantizers import filled
 
 SIDE = 32  # of CIFAR-sized images
@@ -41,20 +40,15 @@ HIDDEN, CODES, BATCH = DEFAULTS.hidden_size, DEFAULTS.k, DEFAULTS.batch_size
 
 
 class Training:
-    """The step of vqvae.py with these flags, on batches (x, labels) of 3 channels; a call makes one.
+    """The step of vqvae.py with these flags, on batches (x, labels) of 3 channels; a call makes one."""
 
-    `prepare` may change the model first.
-    """
-
-    def __init__(self, batches, *flags, prepare=None):
+    def __init__(self, batches, *flags):
         args = flags_of(*flags)
         device = next(iter(batches))[0].device
         half = autocast_of(device, args.precision)
         self.criterion = criterion = ReconstructionLoss(experiment.weights_of(args), sharpen=args.sharpen).to(device)
         model = VectorQuantizedVAE(**experiment.model_args_of(args, 3))
         self.model = model = model.to(device, memory_format=torch.channels_last).train()
-        if prepare:
-            prepare(model)
         optimizer = experiment.build_optimizer(args, model)
         self.averaged = experiment.average_of(model, optimizer, args.average_weights)
         self.images, ready = endless(batches), functools.partial(filled, model)
@@ -90,23 +84,27 @@ def endless(batches):
             yield x
 
 
-def plain_step(images, device, hidden=HIDDEN, downsample=4):
-    """The ancestor's way: float32, channels first, all N x K distances; `images()` makes a batch."""
+def plain_step(images, device, hidden=HIDDEN, downsample=4, compile=False):
+    """The ancestor's way: float32 (TF32 on a GPU), channels first, all N x K distances; `images()` makes a batch."""
     model = VectorQuantizedVAE(3, hidden, CODES, downsample).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
 
-    def step():
-        x = images()
+    def losses(x):
         z_e = model.encoder(x)
         vectors, (codes,) = z_e.permute(0, 2, 3, 1).contiguous(), model.codebook.parameters()
         flat = vectors.detach().view(-1, hidden)
         distances = torch.addmm((codes ** 2).sum(1) + (flat ** 2).sum(1, keepdim=True), flat, codes.t(), alpha=-2.)
         z_q = codes.index_select(0, distances.argmin(1)).view_as(vectors).permute(0, 3, 1, 2).contiguous()
         x_tilde = model.decoder(z_e + (z_q - z_e).detach())
-        loss = F.mse_loss(x_tilde, x) + F.mse_loss(z_q, z_e.detach()) + F.mse_loss(z_e, z_q.detach())
+        return F.mse_loss(x_tilde, x) + F.mse_loss(z_q, z_e.detach()) + F.mse_loss(z_e, z_q.detach())
+    losses = torch.compile(losses) if compile else losses
+
+    def step():
+        allow_tf32(True)
         optimizer.zero_grad()
-        loss.backward()
+        losses(images()).backward()
         optimizer.step()
+        allow_tf32(False)
     return step
 
 
@@ -146,22 +144,15 @@ def compiled_step(device):
 
 
 def training_step_64(device):
-    """A step at hidden size 64, beside one that returns memory to the system and adds biases within convolutions."""
-    before, now = Training(photos(device), "--hidden-size", 64, prepare=_bias_within), Training(
-        photos(device), "--hidden-size", 64)
+    """A step at hidden size 64, against one that returns the memory of freed tensors to the system."""
+    step = _times(Training(photos(device), "--hidden-size", 64))
 
     def returning_memory():
         keep_freed_memory(BEFORE_KEPT)
-        _times(before)()
+        step()
         keep_freed_memory()
-    return {"as before": (returning_memory, 1 / STEPS_A_CALL),
-            "vqvae.py --hidden-size 64": (_times(now), 1 / STEPS_A_CALL)}
-
-
-def _bias_within(model):
-    for layer in model.modules():
-        if isinstance(layer, Upsampling):
-            layer.__class__ = nn.ConvTranspose2d
+    return {"memory returned": (returning_memory, 1 / STEPS_A_CALL),
+            "vqvae.py --hidden-size 64": (step, 1 / STEPS_A_CALL)}
 
 
 def _times(step, images=0, flops=0):
@@ -180,9 +171,9 @@ def throughput(side, count, *flags):
         batches = noise(count, side, device)
         args = flags_of(*flags)
         plain = plain_step(lambda: batches[0][0].contiguous(), device, args.hidden_size, args.downsample)
-        steps = {"plain float32 loop": (plain, _flops(side, device, *flags))} | {
+        steps = {"plain float32 loop": (plain, flops_of(side, device, *flags))} | {
             f"vqvae.py {' '.join([*flags, *more])}".strip(): (Training(batches, *flags, *more),
-                                                             _flops(side, device, *flags, *recipe))
+                                                             flops_of(side, device, *flags, *recipe))
             for more, recipe in (((), ()), (("--compile",), ()), (RECOMMENDED, RECOMMENDED))}
         return {label: (_times(step, count, flops * count), 1 / STEPS_A_CALL)
                 for label, (step, flops) in steps.items()}
@@ -191,7 +182,7 @@ def throughput(side, count, *flags):
     return subject
 
 
-def _flops(side, device, *flags):
+def flops_of(side, device, *flags):
     """Operations of a step of vqvae.py with these flags, for an image."""
     images = noise(2, side, device)
     step = Training(images, *flags)

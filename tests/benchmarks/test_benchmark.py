@@ -80,29 +80,11 @@ def test_our_step_is_that_of_the_flags():
     assert args.lr == 2e-3 and args.quantizer == "ema" and args.hidden_size == 8
     model = VectorQuantizedVAE(**experiment.model_args_of(args, 3))
     assert experiment.build_optimizer(args, model).defaults["betas"] == experiment.ADAM_BETAS
-    models = []
-    step = steps.Training(steps.noise(4, 16, "cpu"), "--hidden-size", 8, "--k", 16, prepare=models.append)
-    before = {name: value.clone() for name, value in models[0].state_dict().items()}
+    step = steps.Training(steps.noise(4, 16, "cpu"), "--hidden-size", 8, "--k", 16)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
     step()
-    changed = {name for name, value in models[0].state_dict().items() if not torch.equal(value, before[name])}
+    changed = {name for name, value in step.model.state_dict().items() if not torch.equal(value, before[name])}
     assert {"codebook.embedding.weight", "encoder.0.weight", "decoder.3.weight", "codebook.initialised"} <= changed
-
-
-@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-5), (True, 2 ** -6)])
-def test_the_faster_model_computes_what_the_one_before_did(bf16, tolerance):
-    torch.manual_seed(0)
-    model, x = VectorQuantizedVAE(3, 8, 16).to(memory_format=torch.channels_last), torch.rand(4, 8, 4, 4)
-    found, layer = [], model.decoder[3]
-    torch.nn.init.normal_(layer.bias)
-    for prepare in (lambda model: None, steps._bias_within):
-        prepare(model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            out = layer(x)
-        weight = torch.linspace(-1, 1, out.numel()).view_as(out)
-        found.append([out, *torch.autograd.grad((out.float() * weight).sum(), (layer.weight, layer.bias))])
-    assert type(layer) is torch.nn.ConvTranspose2d
-    for now, before in zip(*found):
-        assert now.dtype == before.dtype and (now - before).abs().max() <= tolerance * before.abs().max()
 
 
 def test_throughput_counts_images_and_operations(monkeypatch):
