@@ -93,7 +93,7 @@ def main():
             images = draw_images(model, first, grid_labels(labels), args)
             run.log_picture("samples", report.image_rows(images.split(COLUMNS)))
 
-    # The best epoch, once, on the test split, and what it draws beside what uniform codes give.
+    # The best epoch, once, on the test split, and what it draws and what uniform codes give.
     model.load_state_dict(checkpoint.load(run.models / "best.pt", "prior")["model"])
     values = measure(model, test, first, autocast)
     usage = metrics.codebook_usage(torch.bincount(test.images.flatten().long(), minlength=first.K))

@@ -263,5 +263,5 @@ def filled(model):
 
 
 def settings_of(name):
-    """Names of the settings that a quantizer's constructor takes beside K and D."""
+    """Names of the settings that a quantizer's constructor takes with K and D."""
     return set(inspect.signature(QUANTIZERS[name]).parameters) - {"K", "D"}

@@ -1,4 +1,4 @@
-"""Reconstruct image files of any size with a trained VQ-VAE: originals beside their reconstructions."""
+"""Reconstruct image files of any size with a trained VQ-VAE: originals next to their reconstructions."""
 import math
 from collections import Counter
 from pathlib import Path

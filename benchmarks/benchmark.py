@@ -89,7 +89,7 @@ def _differentiate(term, x_tilde, x):
 
 
 def loss_terms(device):
-    """Value and gradient of each term, beside a whole step of the default model."""
+    """Value and gradient of each term, next to a whole step of the default model."""
     pair = _pair(BATCH, SIDE, device)
     return {"vqvae.py step": steps.Training(steps.photos(device))} | {
         name: _differentiate(term, *pair) for name, term in TERMS.items()}

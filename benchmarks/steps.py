@@ -1,4 +1,4 @@
-"""Steps of training as subjects of benchmark.py: ours as the flags of vqvae.py say, beside plain ones.
+"""Steps of training as subjects of benchmark.py: ours as the flags of vqvae.py say, next to plain ones.
 
 A step is a callable of its own model and optimizer. Where it has `images` and `flops`, of all the steps that one call
 makes, the table says images per second and the share of the device's peak.

@@ -102,8 +102,8 @@ def load(path, kind, facts=None, remedy=None):
         try:
             contents = _read(file)
         except _UNREADABLE as error:
-            beside = (path.with_name(name) for name in ("best.pt", "last.pt"))
-            other = next((f"use another, such as {other}" for other in beside if other != path and other.exists()),
+            others = (path.with_name(name) for name in ("best.pt", "last.pt"))
+            other = next((f"use another, such as {other}" for other in others if other != path and other.exists()),
                          "use another")
             raise UserError(f"{path} is damaged or is no checkpoint ({type(error).__name__}): "
                             f"{remedy or other}") from error
@@ -217,7 +217,7 @@ def set_random_state(state):
 
 
 def _devices():
-    """(name, module) of what this process computes with beside the CPU."""
+    """(name, module) of what this process computes with besides the CPU."""
     if torch.cuda.is_initialized():
         yield "cuda", torch.cuda
     if torch.backends.mps.is_available():

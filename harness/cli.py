@@ -1,4 +1,4 @@
-"""What the scripts share at their command line: flags, and how errors are told.
+"""What the scripts share at their command line: flags, and how errors are reported.
 
 Errors a user can mend are UserError or OSError; `run` prints them as one line.
 """

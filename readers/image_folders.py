@@ -86,7 +86,7 @@ def miniimagenet(source):
 
 
 def _is_miniimagenet(root):
-    names = {path.name.lower() for path in root.iterdir()}  # a list that is named amiss is told, not left unread
+    names = {path.name.lower() for path in root.iterdir()}  # a list that has a wrong name is reported
     return "images" in names and not names.isdisjoint(CSV_FILES.values())
 
 

@@ -69,7 +69,7 @@ def open_classifier(data, source, folder="models", epochs=EPOCHS):
     recipe; the one of its contents, which another machine may make another, stands in the network's `description`.
 
     Args:
-        data: `datasets.Data`; its train split is learnt from. source: the `datasets.Source` it was opened from.
+        data: `datasets.Data`; its train split is learned from. source: the `datasets.Source` it was opened from.
     Raises:
         UserError: the data set has no classes, or others in valid or test than in train, images are too small, or the
             file in the cache is damaged.
@@ -91,14 +91,14 @@ def open_classifier(data, source, folder="models", epochs=EPOCHS):
             with checkpoint.complete(path):
                 model.load_state_dict(checkpoint.load(path, "classifier")["model"])
         except UserError as error:
-            raise UserError(f"{path} is damaged: delete it, and it is learnt anew") from error
+            raise UserError(f"{path} is damaged: delete it, and it is trained anew") from error
         model = model.to(data.train.device, memory_format=torch.channels_last).eval()
     else:
         print(f"training a classifier of the {len(data.classes)} classes of {data.name}, kept in {path}", flush=True)
         model = train_classifier(data, epochs)
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(path, "classifier", {"model": model.state_dict(), "data": data.facts()})
-    model.description = f"a small residual network that learnt the classes of the training split " \
+    model.description = f"a small residual network that learned the classes of the training split " \
                         f"({checkpoint.digest(path)[:16]})"
     return model
 

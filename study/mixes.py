@@ -104,7 +104,7 @@ def _text(value):
 
 
 def report_mixes():
-    """Those of the original report: each term alone, and at three weights beside MSE."""
+    """Those of the original report: each term alone, and at three weights with MSE."""
     return [{term: 1.} for term in REPORT_TERMS] + [
         {"mse": 1., term: weight} for term in REPORT_TERMS for weight in REPORT_WEIGHTS]
 

@@ -127,7 +127,7 @@ def _gmsd(luma_tilde, luma, masking=0.):
 def gmsd(x_tilde, x):
     """Gradient magnitude similarity deviation: about [0, 0.35]; luma, halved once (Xue et al. 2014, arXiv 1308.3052).
 
-    A deviation, not a mean: an image that is equally wrong everywhere scores 0, so it needs a pixel term beside it.
+    A deviation, not a mean: an image that is equally wrong everywhere scores 0, so it needs a pixel term with it.
     """
     return _gmsd(halved(luma_of(unit(x_tilde))), halved(luma_of(unit(x)))).mean()
 
