@@ -182,7 +182,7 @@ def measure(model, loader, criterion=None, autocast=nullcontext, judges=(), extr
             standing for each of its images.
         autocast: makes the context of the forward pass.
         judges: `study.judges.Judge`s of the same split.
-        extra: {name: function} besides `IMAGE_METRICS`, of reconstructions and originals (B, C, H, W) in [0, 1] -> (B,).
+        extra: {name: function} besides `IMAGE_METRICS`, of reconstructions and originals (B, C, H, W) -> (B,).
     Returns:
         values: {name: (N,) float64}, an entry an image: `IMAGE_METRICS`, color_bias_0... by channel, quantization
         (mean squared distance of z_e to its code), `extra`, `loss` where a criterion is given,
