@@ -10,22 +10,23 @@ import re
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks import steps
+from benchmarks import gpu_steps, steps
 from benchmarks.steps import BATCH, CODES, HIDDEN, SIDE
 from datasets import Source, load
 from functions import vq
 from harness import checkpoint, cli, report
 from harness.batches import Batches
-from harness.device import adam, autocast_of, pick_device
+from harness.device import pick_device
 from harness.errors import UserError
 from losses import TERMS
-from modules import GatedPixelCNN, VectorQuantizedVAE, draw
+from modules import GatedPixelCNN, VectorQuantizedVAE
 
 FILES, FILE_SIDE = 2048, 96  # of the image folder
 
@@ -203,43 +204,29 @@ def _plain_logits(model, latents, label):
 
 def prior_step(device):
     """Update of the default prior on a batch of 8x8 latents: an epoch is as many of them."""
-    codes, label = torch.randint(CODES, (BATCH, 8, 8), device=device), torch.randint(10, (BATCH,), device=device)
+    label = torch.randint(10, (BATCH,), device=device)
     x = next(iter(steps.photos(device)))[0].contiguous()
-    vqvae, autocast = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval(), autocast_of(device, "auto")
-    plain, ours = GatedPixelCNN(CODES).to(device), GatedPixelCNN(CODES).to(device, memory_format=torch.channels_last)
-    plain_optimizer = torch.optim.Adam(plain.parameters())
-    our_optimizer = adam(ours.parameters(), lr=1e-3)
+    vqvae = VectorQuantizedVAE(3, HIDDEN, CODES).to(device).eval()
+    plain = GatedPixelCNN(CODES).to(device)
+    optimizer = torch.optim.Adam(plain.parameters())
 
     def plain_step():
         with torch.no_grad():
             latents = vqvae.encode(x)
         logits = _plain_logits(plain, latents, label)
         loss = F.cross_entropy(logits.permute(0, 2, 3, 1).contiguous().view(-1, CODES), latents.flatten())
-        plain_optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        plain_optimizer.step()
-
-    def our_step():
-        with autocast():
-            logits = ours(codes, label)
-        loss = F.cross_entropy(logits.float(), codes)
-        our_optimizer.zero_grad()
-        loss.backward()
-        our_optimizer.step()
-    return {"encode the batch, plain float32 prior": plain_step, "pixelcnn_prior.py, cached latents": our_step}
+        optimizer.step()
+    return {"encode the batch, plain float32 prior": plain_step,
+            "pixelcnn_prior.py, cached latents": gpu_steps.prior_step(device, BATCH)}
 
 
 def _sampling(count, side, forwards):
     def subject(device):
         model = GatedPixelCNN(CODES).to(device).eval()
-        latents, label = torch.zeros(count, side, side, dtype=torch.int64, device=device), torch.zeros(
-            count, dtype=torch.int64, device=device)
-
-        @torch.no_grad()
-        def naive():
-            for position in range(forwards):
-                row, column = divmod(position, side)
-                latents[:, row, column] = draw(model(latents, label)[:, :, row, column])
+        label = torch.zeros(count, dtype=torch.int64, device=device)
+        naive = partial(gpu_steps.sample_plainly, model, label, (side, side), forwards)
         return {"a full forward a position": (naive, side * side / forwards),
                 "generate": lambda: model.generate(label, (side, side), count)}
     subject.__doc__ = f"Sample {count} grids of {side}x{side}; the naive loop is timed on {forwards} of its positions."

@@ -239,10 +239,9 @@ def others(device, small):
     prior = GatedPixelCNN(512, 16 if small else 64, 3 if small else 15, 10).to(device).eval()
     label = torch.zeros(4 if small else 64, dtype=torch.int64, device=device)
     shape = (3, 3) if small else (8, 8)
-    with torch.no_grad():
-        rows += rows_of("64 grids of 8x8", {
-            "a full forward a position": partial(gpu_steps.sample_plainly, prior, label, shape),
-            "generate": partial(prior.generate, label, shape, len(label))}, device, len(label))
+    rows += rows_of("64 grids of 8x8", {
+        "a full forward a position": partial(gpu_steps.sample_plainly, prior, label, shape),
+        "generate": partial(prior.generate, label, shape, len(label))}, device, len(label))
     return rows
 
 

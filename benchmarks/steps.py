@@ -43,31 +43,35 @@ class Training:
     """The step of vqvae.py with these flags, on batches (x, labels) of 3 channels; a call makes one."""
 
     def __init__(self, batches, *flags):
-        args = flags_of(*flags)
-        device = next(iter(batches))[0].device
+        self.args = args = flags_of(*flags)
+        self.device = device = next(iter(batches))[0].device
         half = autocast_of(device, args.precision)
-        self.criterion = criterion = ReconstructionLoss(experiment.weights_of(args), sharpen=args.sharpen).to(device)
+        criterion = ReconstructionLoss(experiment.weights_of(args), sharpen=args.sharpen).to(device)
         model = VectorQuantizedVAE(**experiment.model_args_of(args, 3))
         self.model = model = model.to(device, memory_format=torch.channels_last).train()
-        optimizer = experiment.build_optimizer(args, model)
-        self.averaged = experiment.average_of(model, optimizer, args.average_weights)
-        self.images, ready = endless(batches), functools.partial(filled, model)
+        self.optimizer = experiment.build_optimizer(args, model)
+        self.averaged = experiment.average_of(model, self.optimizer, args.average_weights)
+        self.images, self.ready = endless(batches), functools.partial(filled, model)
 
         def losses(x):
             with half():
                 x_tilde, z_e, z_q = model(x)
-            return (criterion(x_tilde, x)[0] + F.mse_loss(z_q, z_e.detach().float())
-                    + args.beta * F.mse_loss(z_e.float(), z_q.detach()))
-        losses = compiled(losses, ready) if args.compile else losses
-
-        def step(x):
-            loss = losses(x)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return {"loss": loss.detach()}
-        self.step = one_step(step, device, optimizer, graph=not args.no_graph, ready=ready)
+            reconstruction = criterion(x_tilde, x)[0]
+            return x_tilde, reconstruction, (reconstruction + F.mse_loss(z_q, z_e.detach().float())
+                                             + args.beta * F.mse_loss(z_e.float(), z_q.detach()))
+        self.losses = compiled(losses, self.ready) if args.compile else losses
         criterion.check(next(self.images))
+        self.step = self.one_step(self.update, self.optimizer)
+
+    def one_step(self, step, *optimizers):
+        return one_step(step, self.device, *optimizers, graph=not self.args.no_graph, ready=self.ready)
+
+    def update(self, x):
+        loss = self.losses(x)[2]
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"loss": loss.detach()}
 
     def __call__(self):
         return self.step(next(self.images))

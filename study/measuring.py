@@ -13,7 +13,7 @@ import metrics
 from harness import checkpoint
 from harness.errors import UserError
 from losses import TERMS
-from modules import VectorQuantizedVAE
+from modules import load
 from study.judges import Judge, open_judged, trained_through
 from study.runs import end_with, in_turn
 
@@ -118,8 +118,7 @@ def terms_for(x):
 
 def open_model(run, split):
     """The trained model of a run, on the device of a split."""
-    model = VectorQuantizedVAE.rebuild(checkpoint.load(run / "best.pt", "vqvae"))
-    return model.to(split.device, memory_format=torch.channels_last)
+    return load(run).to(split.device, memory_format=torch.channels_last)
 
 
 def gradient_cosines(model, split):
