@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import contextmanager
 from inspect import signature
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ def start():
     """Join the processes that torchrun started, if it did; all but rank 0 print nothing from here on."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        # A compiler leaves the exchange itself alone: what it makes of one in place is not awaited.
+        for name, function in vars(_exchange).items():
+            setattr(_exchange, name, torch.compiler.disable(function))
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
 
@@ -68,21 +72,17 @@ def is_failure(error):
 
 # --- reductions
 
-# A compiler leaves the exchange itself alone: what it makes of one in place is not awaited.
-_all_reduce, _broadcast = torch.compiler.disable(dist.all_reduce), torch.compiler.disable(dist.broadcast)
-
-
 def total(tensor):
     """Sum of a tensor over all processes, in place."""
     if dist.is_initialized():
-        _all_reduce(tensor)
+        _exchange.all_reduce(tensor)
     return tensor
 
 
 def of_rank_0(tensor):
     """Rank 0's values of a tensor, in place."""
     if dist.is_initialized():
-        _broadcast(tensor, 0)
+        _exchange.broadcast(tensor, 0)
     return tensor
 
 
@@ -93,10 +93,9 @@ def mean(number):
 
 def concatenate(rows):
     """Tensors (N_i, ...) of all processes as one, in order of rank."""
-    return _concatenated(rows) if dist.is_initialized() else rows
+    return _exchange.concatenate(rows) if dist.is_initialized() else rows
 
 
-@torch.compiler.disable
 def _concatenated(rows):
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
@@ -105,6 +104,9 @@ def _concatenated(rows):
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:int(count)] for part, count in zip(parts, counts)])
+
+
+_exchange = SimpleNamespace(all_reduce=dist.all_reduce, broadcast=dist.broadcast, concatenate=_concatenated)
 
 
 def count_of(rows):

@@ -2,7 +2,6 @@
 import importlib
 import io
 import signal
-import subprocess
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -11,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import CONTEXT, HERE, Forked
 
 from harness import cli
+from harness.folder import lock
 
-HERE = Path(__file__).parent.parent
 THREADS = torch.get_num_threads()
 
 
@@ -55,22 +55,28 @@ def call(folder, script, *flags, **environment):
 
 def start(folder, script, *flags):
     """Start a script as a process of its own, to be killed."""
-    return subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return Forked(folder, HERE / script, *flags)
+
+
+def _hold(folder, asked):
+    held = lock(Path(folder))
+    asked.send("held")
+    asked.recv()
+    held.close()
 
 
 @contextmanager
 def at_work(folder):
     """Another process holds the lock of a run's folder."""
-    code = "import sys\nfrom pathlib import Path\nfrom harness.folder import lock\nheld = lock(Path(sys.argv[1]))\n" \
-        "print('held', flush=True)\ninput()"
-    with subprocess.Popen([sys.executable, "-c", code, str(Path(folder).resolve())], cwd=HERE, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == "held\n"
-        try:
-            yield
-        finally:
-            process.communicate("\n")
+    told, asked = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_hold, args=(str(Path(folder).resolve()), asked))
+    process.start()
+    assert told.recv() == "held"
+    try:
+        yield
+    finally:
+        told.send("enough")
+        process.join()
 
 
 def stop_after(process, line_start, number):

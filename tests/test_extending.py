@@ -1,11 +1,10 @@
 """A new loss term, metric, data set, judge or quantizer is one function or class and one row, in one file."""
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import HERE
+from processes import Forked
 
 ROWS = {
     "terms/pixel.py": """
@@ -69,9 +68,9 @@ def copy(tmp_path_factory):
 
 
 def run(folder, *command):
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = Forked(folder, folder / command[0], *command[1:])
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
 
 
 def test_toy_rows_are_trained_measured_and_compared_with(copy):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import at_work, call, start, stop_after
 from PIL import Image
-from test_distributed import finish, torchrun
+from processes import finish, start_two
 
 import stacked_vqvae
 import video_prior
@@ -65,7 +65,7 @@ def test_a_run_that_is_killed_and_goes_on_is_one_that_was_not(folder, script):
 def test_two_processes_are_one(folder, script):
     kind, extra = SCRIPTS[script]
     flags = ("--model", "models/vqvae", *SMALL, *extra, "--num-epochs", "2")
-    finish(torchrun(folder, script, *flags, "--batch-size", "4", "--output-folder", f"{kind}-two"))
+    finish(start_two(folder, script, *flags, "--batch-size", "4", "--output-folder", f"{kind}-two"))
     assert call(folder, script, *flags, "--output-folder", f"{kind}-one")[0] == 0
     one, two = (json.loads((folder / "models" / f"{kind}-{name}" / "results.json").read_text())
                 for name in ("one", "two"))

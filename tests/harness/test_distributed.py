@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from conftest import HERE, call, write_images
+from processes import Forked, finish, start_two
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.multiprocessing import start_processes
 
 from harness import checkpoint, distributed
 from quantizers import QUANTIZERS, settings_of
@@ -34,12 +35,6 @@ def torchrun(folder, *command):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def finish(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Warning" not in err, err
-    return out
-
-
 def curve(folder, name, tag):
     """[(step, value)] of a run's curve."""
     events = EventAccumulator(str(folder / "logs" / name))
@@ -47,11 +42,16 @@ def curve(folder, name, tag):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def kill_one(process, line_start):
-    """Kill one of torchrun's processes once a line of output starts so; what was written to stderr."""
+def until(process, line_start):
+    """Read the output of a process up to a line that starts so."""
     for line in process.stdout:
         if line.startswith(line_start):
             break
+
+
+def kill_one(process, line_start):
+    """Kill one of torchrun's processes once a line of output starts so; what was written to stderr."""
+    until(process, line_start)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     os.kill(max(map(int, children.split())), signal.SIGKILL)
     return process.communicate(timeout=60)[1]
@@ -71,7 +71,7 @@ def _in_process(rank, port, check):
 
 def in_two(check):
     port = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
-    multiprocessing.spawn(_in_process, (port, check), nprocs=2)
+    start_processes(_in_process, (port, check), nprocs=2, start_method="forkserver")
 
 
 def _check_everything(rank):
@@ -131,7 +131,7 @@ def test_reductions_batch_norm_and_codebook_are_those_of_one_process():
 
 def test_two_processes_train_as_one_on_batches_twice_as_large(folder):
     flags = ("--num-epochs", "2", "--l1-weight", "1", "--ssim-weight", "0.5", "--lr", "2e-3")
-    out = finish(torchrun(folder, "vqvae.py", *SMALL, *flags, "--batch-size", "8", "--output-folder", "two"))
+    out = finish(start_two(folder, "vqvae.py", *SMALL, *flags, "--batch-size", "8", "--output-folder", "two"))
     assert out.count("epoch 2/2") == 1  # one of them speaks
     code, _, err = call(folder, "vqvae.py", *SMALL, *flags, "--batch-size", "16", "--output-folder", "one")
     assert code == 0, err
@@ -159,10 +159,10 @@ def test_two_processes_train_as_one_on_batches_twice_as_large(folder):
 
 def test_fewer_images_than_processes_are_refused_before_anything_is_written(tmp_path):
     write_images(tmp_path, 12)  # of which one is carved to validate
-    process = torchrun(tmp_path, "vqvae.py", *SMALL, "--num-epochs", "1", "--batch-size", "2")
-    err = process.communicate(timeout=120)[1]
+    processes = start_two(tmp_path, "vqvae.py", *SMALL, "--num-epochs", "1", "--batch-size", "2")
+    err = "".join(process.communicate(timeout=120)[1] for process in processes)
     told = {line for line in err.splitlines() if line.startswith("vqvae.py: ")}
-    assert process.returncode and told == {
+    assert all(process.returncode for process in processes) and told == {
         "vqvae.py: error: 1 valid images are fewer than the 2 processes: start fewer processes, or add images"}, err
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
@@ -170,7 +170,7 @@ def test_fewer_images_than_processes_are_refused_before_anything_is_written(tmp_
 def test_vqgan_and_prior_train_in_two_processes(folder):
     flags = (*SMALL, "--num-epochs", "1", "--disc-start", "1", "--disc-hidden-size", "8", "--l1-weight", "1",
              "--balance", "gradient")
-    finish(torchrun(folder, "vqgan.py", *flags, "--batch-size", "8", "--output-folder", "gan"))
+    finish(start_two(folder, "vqgan.py", *flags, "--batch-size", "8", "--output-folder", "gan"))
     code, _, err = call(folder, "vqgan.py", *flags, "--batch-size", "16", "--output-folder", "one")
     assert code == 0, err
     for tag in ("loss/train/reconstruction", "loss/train/generator", "loss/train/discriminator", "vqgan/lambda"):
@@ -180,7 +180,7 @@ def test_vqgan_and_prior_train_in_two_processes(folder):
 
     flags = ("--model", "models/one/best.pt", "--hidden-size-prior", "8", "--num-layers", "2", "--num-epochs", "2",
              "--precision", "fp32", "--device", "cpu")
-    finish(torchrun(folder, "pixelcnn_prior.py", *flags, "--batch-size", "8", "--output-folder", "prior2"))
+    finish(start_two(folder, "pixelcnn_prior.py", *flags, "--batch-size", "8", "--output-folder", "prior2"))
     code, _, err = call(folder, "pixelcnn_prior.py", *flags, "--batch-size", "16", "--output-folder", "prior1")
     assert code == 0, err
     one, two = (json.loads((folder / "models" / name / "results.json").read_text()) for name in ("prior1", "prior2"))
@@ -199,11 +199,15 @@ def test_a_killed_process_ends_the_run_and_leaves_the_last_checkpoint(folder):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 def test_restarts_of_a_killed_and_resumed_run_are_those_of_one_that_was_not(folder):
     flags = (*SMALL, "--batch-size", "8", "--codebook-decay", "0.5", "--restart-below", "0.5")
-    finish(torchrun(folder, "vqvae.py", *flags, "--num-epochs", "9", "--output-folder", "whole"))
-    kill_one(torchrun(folder, "vqvae.py", *flags, "--num-epochs", "9", "--output-folder", "cut"), "epoch 2/")
+    finish(start_two(folder, "vqvae.py", *flags, "--num-epochs", "9", "--output-folder", "whole"))
+    processes = start_two(folder, "vqvae.py", *flags, "--num-epochs", "9", "--output-folder", "cut")
+    until(processes[0], "epoch 2/")
+    for process in processes:
+        process.kill()
+        process.communicate()
     before = checkpoint.load(folder / "models" / "cut" / "last.pt", "vqvae")["counters"]
     assert 1 <= before["epoch"] < 9 and before["batch"] == 0
-    finish(torchrun(folder, "vqvae.py", *flags, "--num-epochs", "9", "--output-folder", "cut", "--resume"))
+    finish(start_two(folder, "vqvae.py", *flags, "--num-epochs", "9", "--output-folder", "cut", "--resume"))
     whole, cut = (checkpoint.load(folder / "models" / name / "last.pt", "vqvae") for name in ("whole", "cut"))
     assert whole["counters"]["step"] == cut["counters"]["step"] == 27 and whole["best"] == cut["best"]
     for part in ("model", "random"):
@@ -212,9 +216,10 @@ def test_restarts_of_a_killed_and_resumed_run_are_those_of_one_that_was_not(fold
         assert all(torch.equal(cut["optimizer"]["state"][key][name], value) for name, value in values.items())
 
 
-@pytest.mark.parametrize("script", ["evaluate", "compare", "reconstruct", "study.lengths", "benchmarks.benchmark"])
+@pytest.mark.parametrize("script", ["evaluate", "compare", "reconstruct", "study/lengths", "benchmarks/benchmark"])
 def test_scripts_of_one_process_refuse_to_be_two(folder, script):
-    err = subprocess.run([sys.executable, "-m", script], cwd=folder, text=True, capture_output=True,
-                         env=os.environ | {"WORLD_SIZE": "2", "PYTHONPATH": str(HERE)}).stderr
-    name = f"{script.split('.')[-1]}.py"
+    process = Forked(folder, HERE / f"{script}.py", WORLD_SIZE="2")
+    err = process.communicate(60)[1]
+    name = f"{script.split('/')[-1]}.py"
+    assert process.returncode == 2
     assert err == f"{name}: error: this script is one process: start it with python, not with torchrun\n"

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import HERE, call, start, stop_after, write_images
+from processes import Forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -38,6 +39,14 @@ def folder(tmp_path):
 
 def run(folder, *flags, script="vqvae.py"):
     return call(folder, script, *SMALL, *flags)
+
+
+def run_altered(folder, code, *flags):
+    """Run Python code in a process of its own, with what the flags of a small training are: status, stdout, stderr."""
+    (folder / "altered.py").write_text(code)
+    process = Forked(folder, folder / "altered.py", *SMALL, *flags)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
 
 
 def fails(result, *words):
@@ -136,9 +145,7 @@ def test_a_validation_that_is_not_finite_leaves_the_last_good_state(folder, name
             "real = experiment.measure\n"
             f"def broken(*a, **k):\n    v, f = real(*a, **k)\n    return v, f | {{'{name}': float('nan')}}\n"
             "experiment.measure = broken\nsys.argv[0] = 'vqvae.py'\ncli.run(vqvae.main)")
-    done = subprocess.run([sys.executable, "-c", code, *SMALL, "--num-epochs", "3", "--resume"], cwd=folder, text=True,
-                          capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE)})
-    fails((done.returncode, done.stdout, done.stderr), "not finite at step 8", name, "--resume", "--lr",
+    fails(run_altered(folder, code, "--num-epochs", "3", "--resume"), "not finite at step 8", name, "--resume", "--lr",
           "--precision fp32")
     assert before == {name: (folder / "models" / "vqvae" / name).read_bytes() for name in before}
     assert run(folder, "--num-epochs", "3", "--resume", "--lr", "1e-5", "--precision", "bf16")[0] == 0
@@ -160,9 +167,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(folder):
             "    for weight in optimizer.param_groups[0]['params']:\n        weight.grad.fill_(float('nan'))\n"
             "    os.kill(os.getpid(), signal.SIGTERM)\n    return real(self, optimizer)\n"
             "run.Run.update = broken\nsys.argv[0] = 'vqvae.py'\ncli.run(vqvae.main)")
-    done = subprocess.run([sys.executable, "-c", code, *SMALL, "--num-epochs", "2", "--resume"], cwd=folder, text=True,
-                          capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE)})
-    fails((done.returncode, done.stdout, done.stderr), "a weight", "not finite at step 5")
+    fails(run_altered(folder, code, "--num-epochs", "2", "--resume"), "a weight", "not finite at step 5")
     assert (folder / "models" / "vqvae" / "last.pt").read_bytes() == before
 
 
@@ -249,9 +254,7 @@ def test_a_full_disk_under_the_curves_ends_the_run_in_one_line(folder):
             "class Full(real):\n    def __init__(self, *a):\n        super().__init__(*a)\n"
             "        self._py_recordio_writer._writer = open('/dev/full', 'wb')\n"
             "curves.EventsWriter = Full\nsys.argv[0] = 'vqvae.py'\ncli.run(vqvae.main)")
-    done = subprocess.run([sys.executable, "-c", code, *SMALL, "--num-epochs", "3"], cwd=folder, text=True, timeout=120,
-                          capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE)})
-    fails((done.returncode, done.stdout, done.stderr), "cannot write the curves", "No space left")
+    fails(run_altered(folder, code, "--num-epochs", "3"), "cannot write the curves", "No space left")
     checkpoint.load(folder / "models" / "vqvae" / "last.pt", "vqvae")
 
 
