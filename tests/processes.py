@@ -46,6 +46,9 @@ class Forked:
     def kill(self):
         self.process.kill()
 
+    def terminate(self):
+        self.process.terminate()
+
     def wait(self, timeout=None):
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -66,6 +69,25 @@ class Forked:
         for thread in threads:
             thread.join()
         return texts["stdout"], texts["stderr"]
+
+
+class ForkedPopen(Forked):
+    """subprocess.Popen as study/runs.py calls it to train."""
+
+    def __init__(self, command, stdout, env, **_):
+        super().__init__(os.getcwd(), *command[1:], **env)
+        self.output = stdout
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+
+    def communicate(self, timeout=None):
+        out, err = super().communicate(timeout)
+        self.output.write(out)
+        return out, err
 
 
 def start_two(folder, script, *flags):

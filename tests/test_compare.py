@@ -4,21 +4,32 @@ import json
 import math
 import os
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import call, write_images
 from PIL import Image
+from processes import ForkedPopen
 
 from harness import checkpoint
 from losses import TERMS
 from metrics import IMAGE_METRICS
-from study import measuring
+from study import measuring, runs
 from study.tables import MEAN_OF_JUDGES
 
 FLAGS = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",
          "--num-epochs", "1", "--device", "cpu", "--output", "sweep")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks():
+    """Runs are trained in forks, which start sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "subprocess", SimpleNamespace(Popen=ForkedPopen, PIPE=subprocess.PIPE))
+        yield
 
 
 @pytest.fixture(scope="module")
