@@ -8,28 +8,31 @@
 # Everything is chosen on the validation split; `claim` alone measures on test, and `prior`, by which nothing is chosen.
 # Environment: PYTHON, JOBS (runs at a time; where they have equal time, one, so that none has more of the machine),
 # SEEDS, BASELINE and MIX (the loss to beat and the recipe that should, as compare.py takes them; some questions add to
-# them), VQGAN (the one that has the longer time), ONLY (some of the questions, say ONLY="lasts rates").
+# them), PHOTO_BASELINE and PHOTO_MIX (the same on photographs), VQGAN (the one that has the longer time), ONLY (some of
+# the questions, say ONLY="lasts rates").
 set -euf # -f: brackets and stars in a path stand for themselves
 unset SLURM_JOB_ID CDPATH # the id would be added to the names of runs, which later commands and a later job look for
 JOBS=${JOBS:-2} BASELINE=${BASELINE:-mse=20} MIX=${MIX:-recommended}
 VQGAN=${VQGAN:-$BASELINE,vqgan=0.1}
-QUESTIONS="baselines parts lasts claim frontier width rates quantizers instead photographs prior"
+PHOTO_BASELINE=${PHOTO_BASELINE:-mse=5} PHOTO_MIX=${PHOTO_MIX:-recommended-photos}
+QUESTIONS="baselines parts lasts claim frontier width rates quantizers instead prior"
+OF_PHOTOS="photo-losses photo-claim photo-minutes"
 IMAGES='' PHOTOS=''
 
 case ${1:-} in
 --quick)
     DATA="--dataset photos --image-size 32 --limit 2048 --batch-size 64 --hidden-size 32"
-    JUDGES="effnet-lite0" SEEDS=${SEEDS:-2} LENGTHS="1 2" SHORT=1 LONG=2 WIDTH=64 PHOTO_MIX=$MIX
+    JUDGES="effnet-lite0" SEEDS=${SEEDS:-2} LENGTHS="1 2" SHORT=1 LONG=2 WIDTH=64
     MINUTES="0.1 0.2" CODES="64 256" QUESTIONS="baselines lasts claim frontier width rates quantizers instead prior"
     PRIOR="--hidden-size-prior 16 --num-layers 4 --num-epochs 1" ;;
 -* | "")
-    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
     exit 2 ;;
 *)
     IMAGES=$1 PHOTOS=${2:-} DATA="--hidden-size 64"
     JUDGES="effnet-lite0 classifier" SEEDS=${SEEDS:-3} LENGTHS="4 12 30 60" SHORT=4 LONG=12 WIDTH=256
-    MINUTES="5 30" CODES="64 512 4096" PHOTO_MIX=recommended-photos PRIOR="--num-epochs 20"
-    [ -n "$PHOTOS" ] || QUESTIONS=$(echo "$QUESTIONS" | sed 's/photographs //') ;;
+    MINUTES="5 30" CODES="64 512 4096" PRIOR="--num-epochs 20"
+    PHOTO_MINUTES="20 60 180" QUESTIONS="$QUESTIONS${PHOTOS:+ $OF_PHOTOS}" ;;
 esac
 
 fail() {
@@ -134,11 +137,35 @@ instead() (
     compare "minutes-$2" --baseline $BASELINE --losses $MIX $VQGAN --minutes "$2"
 )
 
-# On photographs of 128x128? Watch the colours (saturation ratio). Whatever their classes, no judge learns them.
-photographs() (
-    JUDGES=effnet-lite0
-    tables photographs --baseline $BASELINE --losses mse $PHOTO_MIX $MIX --seeds $SEEDS --data-folder "$PHOTOS" \
-        --image-size 128 --random-crop --hidden-size 64 --batch-size 8 --average-weights 0.99 --num-epochs 60
+# photographs NAME SIDE FLAG...: the same for trainings on PHOTOS, at so many pixels a side.
+photographs() {
+    name=$1 side=$2
+    shift 2
+    tables "$name" --data-folder "$PHOTOS" --image-size "$side" --random-crop --hidden-size 64 --lr 4e-3 "$@"
+}
+
+# Which loss suits photographs? The baseline at its best weight and rate, and mixes; watch the colours (saturation ratio).
+photo_losses() {
+    photographs photo-losses 64 --batch-size 32 --num-epochs 8 --baseline $PHOTO_BASELINE --losses mse=1 mse=20 \
+        $PHOTO_BASELINE,lr=2e-3 $PHOTO_BASELINE,lr=8e-3 $MIX $PHOTO_MIX $PHOTO_MIX,gabor=0 $PHOTO_MIX,coarse-chroma=0 \
+        $PHOTO_MIX,sharpen=1 $PHOTO_MIX,fine-blocks=1
+}
+
+# The claim on photographs of 128x128: the same runs on valid, and once on test.
+photo_claim() {
+    for split in valid test; do
+        photographs photo-claim 128 --split $split --batch-size 32 --num-epochs 20 --baseline $PHOTO_BASELINE \
+            --losses $PHOTO_MIX --seeds $SEEDS
+    done
+}
+
+# Where does a discriminator overtake the loss? Equal time, three lengths.
+photo_minutes() (
+    JOBS=1
+    for minutes in $PHOTO_MINUTES; do
+        photographs "photo-minutes-$minutes" 128 --batch-size 16 --minutes "$minutes" --baseline $PHOTO_BASELINE --losses \
+            $PHOTO_MIX "$PHOTO_BASELINE,vqgan=0.1,disc-lr=5e-4,disc-start=0.5" l1=5,vqgan=0.1,perceptual=5,disc-start=0.5
+    done
 )
 
 # Does it help the prior? The same PixelCNN on the codes of both: nats, the distance and the classes of its samples.
@@ -156,5 +183,5 @@ prior() {
 }
 
 for question in ${ONLY:-$QUESTIONS}; do
-    "$question"
+    "$(echo "$question" | tr - _)"
 done

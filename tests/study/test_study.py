@@ -19,7 +19,7 @@ def commands(folder, *arguments, **environment):
     return done.returncode, lines, done.stderr
 
 
-@pytest.mark.parametrize("arguments, questions", [(("--quick",), 16), (("CIFAR", "PHOTOS"), 21)])
+@pytest.mark.parametrize("arguments, questions", [(("--quick",), 16), (("CIFAR", "PHOTOS"), 26)])
 def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions):
     for folder in ("CIFAR", "PHOTOS"):
         (tmp_path / folder).mkdir()
@@ -36,7 +36,7 @@ def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions
         for mix in sweep.mixes.values():
             seen(mixes.command_of(mix, 0, flags, args.vqgan_flags))
         splits.append(args.split)
-    assert splits.count("test") == 2  # the claim, at two lengths
+    assert splits.count("test") == (2 if "--quick" in arguments else 3)  # the claim: two lengths, and photographs
     plot, = (command for command in found if command[:2] == ["-m", "study.lengths"])
     lengths = ["1", "2"] if arguments == ("--quick",) else ["4", "12", "30", "60"]
     assert plot[2:] == [*(f"study/epochs-{length}" for length in lengths), "--output", "models/study/lasts.png"]
@@ -51,7 +51,7 @@ def test_the_folder_that_was_named_is_used_whatever_its_name(tmp_path, name):
     python.write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\necho\n")
     python.chmod(0o755)
     done = subprocess.run([HERE / "study" / "study.sh", f"./{name}", f"../{tmp_path.name}/{name}"], cwd=tmp_path,
-                          capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "ONLY": "width photographs",
+                          capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "ONLY": "width photo-losses",
                                                                "PYTHON": "bin/python"})
     assert done.returncode == 0, done.stderr
     for line in (line for line in done.stdout.splitlines() if line.startswith("<compare.py>")):
@@ -71,7 +71,7 @@ def test_questions_are_asked_by_name_and_usage_is_told(tmp_path):
     code, found, _ = commands(tmp_path, "--quick", ONLY="rates", MIX="l1,ssim=0.5")
     assert code == 0 and len(found) == 2 and "l1,ssim=0.5" in found[0]
     assert found[0][-4:] == ["--num-epochs", "1", "--lr", "4e-3"] and "--hidden-size 32" in " ".join(found[0])
-    for named in ("date", "photographs", "rates date", "*"):  # no questions of --quick
+    for named in ("date", "photo-claim", "rates date", "*"):  # no questions of --quick
         code, found, err = commands(tmp_path, "--quick", ONLY=named)
         assert code == 2 and not found and f"'{named.split()[-1]}', the questions are: baselines lasts" in err
     code, found, err = commands(tmp_path, "nowhere")
