@@ -21,8 +21,9 @@ from readers.photos import photos
 from readers.splits import SPLITS, split_folders
 from readers.torchvision_sets import imagenette, near, torchvision_set
 
-IN_MEMORY_BYTES = 2 ** 32  # a data set that needs more, as uint8, streams from disk
-MAY_CHANGE_ON_RESUME = {"data_folder", "no_download", "num_workers"}  # where the images lie, and how they come
+GB = 2 ** 30
+IN_MEMORY_BYTES = 4 * GB  # a data set that needs more, as uint8, streams from disk where nothing else is asked for
+MAY_CHANGE_ON_RESUME = {"data_folder", "no_download", "num_workers", "memory"}  # where images lie, and how they come
 CARVED = 0.1  # share of train that becomes a split the data set does not bring
 SPLIT_SEED = 0  # splits never depend on --seed
 
@@ -46,6 +47,9 @@ def add_arguments(parser):
     group.add_argument("--random-crop", type=_crop_scale, nargs="?", const=CROP_SCALE, metavar="SCALE",
                        help="resize training images to SCALE times --image-size, and crop them to it at a random "
                        f"place, anew each epoch (SCALE is {CROP_SCALE} where it is left out)")
+    group.add_argument("--memory", type=cli.not_negative, metavar="GB", help="decode the images once and keep them if "
+                       "they take at most GB as bytes; more are decoded anew each epoch "
+                       f"(default {IN_MEMORY_BYTES // GB})")
     add_folder_arguments(group)
 
 
@@ -83,7 +87,8 @@ def source_of(args):
     """The `Source` that the flags of a script name."""
     if args.random_crop and not args.image_size:
         raise UserError("--random-crop needs --image-size, the size of a crop")
-    return Source(args.data_folder, args.image_size, not args.no_download, args.skip_broken, args.random_crop or 1.)
+    return Source(args.data_folder, args.image_size, not args.no_download, args.skip_broken, args.random_crop or 1.,
+                  memory=args.memory)
 
 
 def _known(name):
@@ -130,6 +135,7 @@ class Source:
     channels: int = None  # None: as many as the files have
     in_order: bool = False  # frames of clips one after another, none shuffled; see `load`
     carved: str = ""  # `Data.carved` as it must be; empty: as it is
+    memory: float = None  # GB that decoded images may take; None: `IN_MEMORY_BYTES`
 
     @classmethod
     def of(cls, checkpoint, folder=None, download=True):
@@ -219,7 +225,8 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
     splits = {split: (_sized(images, source.train_size() if split == "train" else source.image_size), labels)
               for split, (images, labels) in splits.items()}
     files = [images for images, _ in splits.values() if isinstance(images, ImageFiles)]
-    if files and sum(images.nbytes() for images in files) <= IN_MEMORY_BYTES:
+    most = IN_MEMORY_BYTES if source.memory is None else source.memory * GB
+    if files and sum(images.nbytes() for images in files) <= most:
         splits = _in_memory(splits)
     images = splits["test"][0]
     size, channels = (images.size, images.channels) if isinstance(images, ImageFiles) \

@@ -7,18 +7,26 @@ import torch
 from harness.errors import UserError
 from harness.images import ImageFiles, stack
 
+SHARE = 0.25  # of a GPU's memory
+
 
 def send(tensor, device):
     """A tensor of the CPU on a device, without a wait for it."""
-    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" and not tensor.is_pinned() else tensor
-    return pinned.to(device, non_blocking=True)
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def has_room(device, tensor):
+    """Whether a tensor may stay on a device for good: on a GPU, where it takes at most `SHARE` of the memory."""
+    return device.type != "cuda" or tensor.nbytes <= SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 class Batches:
     """Batches x (B, C, H, W) float32 in [-1, 1], channels_last on `device`, and labels (B,) int64.
 
-    Images are a (N, H, W, C) uint8 tensor, which moves to the device as a whole, or `ImageFiles`, which stream. Of
-    images larger than `size` (H, W) each epoch sees a random part of that size.
+    Images are a (N, H, W, C) uint8 tensor, which moves to the device as a whole where it `has_room`, or `ImageFiles`,
+    which stream. Of images larger than `size` (H, W) each epoch sees a random part of that size.
     Order, flips and parts of an epoch depend on the seed and the epoch alone, so that a run can go on anywhere.
     Of many processes, each yields its share of batches `world` times as large; `batch_size` is that of all together.
 
@@ -33,8 +41,9 @@ class Batches:
         self.streams = isinstance(images, ImageFiles)
         whole = images.size if self.streams else self._check(images)
         self.size, self.room = size or whole, [old - new for old, new in zip(whole, size or whole)]
-        self.images, self.labels = (images, labels.cpu()) if self.streams else (images.to(device), labels.to(device))
         self.batch_size, self.device, self.workers = batch_size, torch.device(device), workers
+        place = "cpu" if self.streams or not has_room(self.device, images) else self.device
+        self.images, self.labels = images if self.streams else images.to(place), labels.to(place)
         self.shuffle, self.flip, self.seed = shuffle, flip, seed
         self.skipped, self._ahead = 0, None
 
@@ -93,7 +102,8 @@ class Batches:
     def examples(self, count):
         """Batch of at most `count` images spread evenly over the split, unflipped, of their middle."""
         index = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).long()
-        images = stack([self.images[i] for i in index])[0].to(self.device) if self.streams else self.images[index]
+        images = stack([self.images[i] for i in index])[0] if self.streams else self.images[index]
+        images = images.to(self.device)
         middle = torch.tensor([[room // 2 for room in self.room]]).expand(len(images), 2)
         return self._to_input(self._parts(images, middle) if any(self.room) else images)
 
@@ -106,8 +116,8 @@ class Batches:
         flips = torch.rand(count, generator=generator) < 0.5 if self.flip else None
         corners = torch.stack([torch.randint(room + 1, (count,), generator=generator) for room in self.room], 1) \
             if any(self.room) else None
-        # To the device as a whole, so that no batch waits for its part; what streams is looked up here.
-        columns = order if self.streams else order.to(self.device), *(
+        # To the device as a whole, so that no batch waits for its part; the order to where images are looked up.
+        columns = order.to(self.labels.device), *(
             column if column is None else column.to(self.device) for column in (flips, corners))
         columns = ([part.tensor_split(self.world)[self.rank] for part in column[:sum(sizes)].split(sizes)]
                    if column is not None else [None] * len(sizes) for column in columns)
@@ -125,7 +135,10 @@ class Batches:
 
     def _pick(self, plan, epoch, start):
         for batch, *_ in plan:
-            yield self.images[batch], self.labels[batch]
+            yield self._sent(self.images.index_select(0, batch), self.labels[batch])
+
+    def _sent(self, images, labels):
+        return send(images, self.device), send(labels, self.device)
 
     def _stream(self, plan, epoch, start):
         """Decoded batches. Where epochs follow one another, the workers go on into the next while others compute."""
@@ -138,7 +151,7 @@ class Batches:
             skipped += len(batch) - len(kept)
             if not len(kept) and self.world > 1:
                 raise UserError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
-            yield map(send, (images, self.labels[batch[kept]]), [self.device] * 2) if len(kept) else (None, None)
+            yield self._sent(images, self.labels[batch[kept]]) if len(kept) else (None, None)
         if self.shuffle:
             self._ahead = (epoch + 1, 0), decoded
         if skipped > self.skipped:  # once, not every epoch

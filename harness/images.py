@@ -177,14 +177,16 @@ class ImageFiles(torch.utils.data.Dataset):
         Raises:
             UserError: none of them decodes, or one does not that may not be skipped.
         """
-        batch_size, parts, kept = MANY_FILES // 8, [], []
+        batch_size, kept = MANY_FILES // 8, []
+        images = torch.empty(len(self), *self.size, self.channels, dtype=torch.uint8)
         for number, (part, found) in enumerate(self.batches(_workers(self), batch_size=batch_size)):
-            parts += [] if part is None else [part.clone()]  # out of shared memory, which is a file each
+            if len(found):
+                images[len(kept):len(kept) + len(found)] = part
             kept += (found + number * batch_size).tolist()
         if not kept:
             raise UserError(f"none of {len(self)} images decodes, the first is {self.paths[0]}")
         broken = [self.paths[i] for i in sorted(set(range(len(self))) - set(kept))]
-        return torch.cat(parts), kept, broken
+        return images[:len(kept)], kept, broken
 
 
 def stack(images):

@@ -8,7 +8,7 @@ from conftest import call, write_images
 from torch import nn
 
 import experiment
-from harness import cli
+from harness import batches, cli
 from harness.device import adam, autocast_of, one_step, pick_device, set_lr
 from losses import ReconstructionLoss
 from modules import GatedPixelCNN, VectorQuantizedVAE
@@ -104,6 +104,17 @@ def assert_alike(graphed, plain, again):
         return float((one.double() - two.double()).abs().max())
     sizes = {name: (largest(graphed[name], value), largest(again[name], value)) for name, value in plain.items()}
     assert {name: size for name, size in sizes.items() if size[0] > 10 * size[1]} == {}
+
+
+def test_images_that_stay_on_the_cpu_come_in_the_same_batches(gpu, monkeypatch):
+    images = torch.randint(256, (40, 12, 12, 3), dtype=torch.uint8)
+    near, far = [], []
+    for found, room in ((near, True), (far, False)):
+        monkeypatch.setattr(batches, "has_room", lambda device, images, room=room: room)
+        train = batches.Batches(images, torch.arange(40), 8, gpu, shuffle=True, flip=True, size=(8, 8))
+        assert train.images.is_cuda == room
+        found += [*(part for batch in train.epoch(2) for part in batch), train.examples(5)]
+    assert all(a.is_cuda and b.is_cuda and torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 
 def test_a_step_that_waits_is_one_line_and_training_goes_on(gpu, capsys):

@@ -9,6 +9,7 @@ from test_datasets import open_folder, pictures
 
 import datasets
 from datasets import Source, load
+from harness import batches
 from harness.batches import Batches
 from harness.images import ImageFiles
 
@@ -28,6 +29,27 @@ def test_flips_mirror_about_half_of_the_images_left_to_right():
     x = next(iter(Batches(pixels, torch.zeros(400), 400, flip=True)))[0]
     mirrored = (x[:, 0, 0, 0] > x[:, 0, 0, 3]).float().mean()
     assert 0.4 < mirrored < 0.6 and (x.sort(3).values[0] == x.sort(3).values).all()
+
+
+def test_images_that_a_device_has_no_room_for_yield_the_same(tmp_path, monkeypatch):
+    pictures(tmp_path, 30, (20, 24))
+    source = Source(str(tmp_path), (8, 12), crop_scale=1.5)
+    near, sent = load("folder", source, 4, flip=True), []
+    expected, examples = list(near.train.epoch(1)), near.train.examples(5)
+    monkeypatch.setattr(batches, "has_room", lambda device, images: False)
+    monkeypatch.setattr(batches, "send", lambda tensor, device: sent.append(tensor) or tensor.clone())
+    far = load("folder", source, 4, flip=True)
+    pairs = list(zip(expected, far.train.epoch(1), strict=True))
+    assert all(torch.equal(a, b) and torch.equal(la, lb) for (a, la), (b, lb) in pairs)
+    assert sent[0].shape == (4, 12, 18, 3) and len(sent) == 2 * len(pairs)  # bytes of one batch at a time, uncropped
+    assert torch.equal(examples, far.train.examples(5))
+
+
+def test_a_set_is_kept_in_memory_where_it_is_no_larger_than_what_is_granted(tmp_path):
+    pictures(tmp_path, 30)
+    size = 30 * 8 * 8 * 3 / datasets.GB
+    assert not load("folder", Source(str(tmp_path), memory=size), 4).train.streams
+    assert load("folder", Source(str(tmp_path), memory=size * 0.99), 4).train.streams
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -141,8 +163,8 @@ def test_processes_that_decode_end_with_one_that_is_killed(when):
         torch.set_num_threads = lambda _, parent=os.getpid(): wait_for_the_end_of(parent, "starting")  # its first call
         worker.ManagerWatchdog = Watchdog
         images.MANY_FILES = 8
-        images.decode = lambda path, *_: os.write(1, b"at work\\n") and torch.zeros(256, 256, 3).byte().numpy()
-        images.ImageFiles([""] * 10 ** 6, (256, 256), 3).decode_all()"""
+        images.decode = lambda path, *_: os.write(1, b"at work\\n") and torch.zeros(8, 8, 3).byte().numpy()
+        images.ImageFiles([""] * 10 ** 6, (8, 8), 3).decode_all()"""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True)
     assert any(line == f"{when}\n" for line in process.stdout)
     process.kill()

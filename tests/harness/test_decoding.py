@@ -5,8 +5,9 @@ import zlib
 
 import numpy as np
 import pytest
+import skimage
 import tifffile
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from harness.decoding import DEEP, FLOATS, FRAMES, BrokenImage, OtherImage, decode, probe
 
@@ -320,3 +321,34 @@ def test_heic_names_its_package_where_it_is_missing(tmp_path, monkeypatch):
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
     with pytest.raises(OtherImage, match="a.heic is not read: pip install pillow-heif"):
         probe(tmp_path / "a.heic")
+
+
+# --- a JPEG far larger than it is wanted
+
+def fitted(path, side):
+    """A square picture as Pillow decodes it in full and resizes it."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    return np.asarray(upright.resize((side, side), Image.Resampling.LANCZOS), dtype=int)
+
+
+@pytest.mark.parametrize("side, wanted, differs", [
+    (1408, 32, True), (1408, 100, True), (512, 64, True), (512, 86, False), (511, 32, False), (64, 100, False)])
+def test_a_large_jpeg_is_decoded_smaller_and_hardly_differs(tmp_path, side, wanted, differs):
+    image = Image.fromarray(skimage.data.retina() if side > 512 else skimage.data.astronaut()).crop((0, 0, side, side))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, how in (("a.jpg", {}), ("turned.jpg", {"exif": exif}), ("a.png", {})):
+        image.save(tmp_path / name, quality=90, **how)
+        error = np.abs(decode(tmp_path / name, (wanted, wanted)) - fitted(tmp_path / name, wanted))
+        assert error.max() <= 8 and error.mean() < 0.5
+        assert error.any() == (differs and name != "a.png")
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.98])
+def test_a_large_jpeg_that_is_cut_short_is_broken(tmp_path, kept):
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[:int(kept * len(data))])
+    with pytest.raises(BrokenImage):
+        decode(tmp_path / "a.jpg", (32, 32))
