@@ -15,6 +15,11 @@ from harness.errors import UserError
 
 WARM_UP = 3  # steps before a capture: libraries pick their kernels and take their memory, the optimizer makes its state
 MOST_GRAPHS = 6  # of a step: each part that is switched on, and logged steps, have one of their own
+# Settings of torch._functorch.config, which has no public name: in torch 2.11 and 2.14, perhaps not in others.
+COMPILER_SETTINGS = {
+    "donated_buffer": False,  # else a backward that keeps its graph for another is refused
+    "force_non_lazy_backward_lowering": True,  # the backward compiles before the forward runs: a failure changes nothing
+}
 
 
 # --- device
@@ -147,9 +152,9 @@ def compiled(function, ready=_always):
     A failure of any call is one line, and the function is called as it is from then on. It is called so, too, until it
     is `ready`, on batches of another shape than the first, and where a plain input is true, as for a logged step.
     """
-    torch._functorch.config.donated_buffer = False  # else a backward that keeps its graph for another is refused
-    # The backward is compiled before the forward runs, so that what fails has changed nothing.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
+    for name, value in COMPILER_SETTINGS.items():
+        if hasattr(torch._functorch.config, name):
+            setattr(torch._functorch.config, name, value)
     return _Compiled(function, ready)
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 CENTER_STEPS = tl.constexpr(4096)  # the center is rounded to this fraction of the scale, so that ties stay ties
 LARGEST = tl.constexpr(2. ** 112)  # scaled inputs are cut there: their products with 300 scaled codes do not overflow
 PREPARED = 16  # codes that one program prepares
+MANY_CODES = 4096  # from here on, wider tiles of codes are faster
 
 
 @triton.jit
@@ -74,17 +75,26 @@ def _scaled(x_ptr, center_ptr, inverse, rows, start, N, D: tl.constexpr, BD: tl.
     return tl.minimum(tl.maximum(x, -LARGEST), LARGEST) - tl.load(center_ptr + dims)[None, :]
 
 
-def tiles(count, width, precision):
-    """Sizes of the tiles and options of the compiler for `count` inputs of a width."""
+def tiles(count, codes, width, precision, generation=9):
+    """Sizes of the tiles and options of the compiler for `count` inputs of a width: the fastest of some on an H100.
+
+    Args:
+        generation: of the GPU, the first number of its compute capability; 9 is an H100's.
+    """
     step = min(max(16, triton.next_power_of_2(width)), 64 if precision == "tf32x3" and width <= 64 else 32)
-    rows = 128 if count >= 128 * 128 else 64  # smaller tiles where a GPU of 132 processors would idle
-    return {"BN": rows, "BK": 64, "BD": step, "num_warps": 8 if rows == 128 else 4, "num_stages": 2}
+    if count >= 128 * 128:
+        many = codes >= MANY_CODES and width <= 64 and generation >= 9  # an A100 has too few registers for it
+        return {"BN": 128, "BK": 128 if many else 64, "BD": step, "num_warps": 8, "num_stages": 2}
+    if width > 64:  # fewer rows a tile, or a GPU of 132 processors would idle
+        return {"BN": 32, "BK": 128, "BD": step, "num_warps": 4, "num_stages": 3}
+    return {"BN": 64, "BK": 64, "BD": step, "num_warps": 4, "num_stages": 2}
 
 
 def search(x, codebook, precision, **chosen):
     """Indices (N,) int64 of the nearest codes; `chosen` replaces entries of `tiles`."""
     (count, width), codes = x.shape, len(codebook)
-    options = tiles(count, width, precision) | chosen
+    generation = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    options = tiles(count, codes, width, precision, generation) | chosen
     padded = triton.cdiv(width, options["BD"]) * options["BD"]
     rows = triton.cdiv(codes, options["BK"]) * options["BK"]
     x, codebook = x.contiguous(), codebook.contiguous()

@@ -6,7 +6,7 @@ from interpreter import interpreted, resources
 from benchmarks.exactness import search_errors
 from kernels.nearest import lowest_equal_code, nearest
 
-SHIPPED = [(width, count) for width in (1, 16, 64, 256, 300) for count in (8192, 131072)]
+SHIPPED = [(count, 512, width) for width in (1, 16, 64, 256, 300) for count in (8192, 131072)] + [(16384, 16384, 64)]
 
 
 def margins(x, codebook, indices):
@@ -22,6 +22,7 @@ def found():
 
 
 SEARCHES = """
+from kernels.nearest_triton import tiles
 for count, codes, width in ((7, 1, 3), (90, 70, 1), (60, 512, 16), (70, 77, 64), (40, 100, 300), (20, 5, 130)):
     torch.manual_seed(0)
     x, codebook = torch.randn(count, width), torch.randn(codes, width)
@@ -37,10 +38,14 @@ save("huge inputs", x.float() * 1e25, codebook, triton_nearest(x.float() * 1e25,
 base = torch.randn(30, 24)
 codebook = base[torch.randint(30, (200,))]
 save("ties", x, codebook, triton_nearest(x, codebook))
-x, codebook = (torch.randint(-2, 3, (size, 3)).float() for size in (64, 200))
+x, codebook = (torch.randint(-2, 3, (size, 3)).float() for size in (64, 100))
+codebook = torch.cat([codebook, -codebook])  # whose mean is zero
 save("whole numbers", x / 2, codebook, triton_nearest(x / 2, codebook))
 save("zeros", x, codebook * 0, triton_nearest(x, codebook * 0))
 save("no numbers", x, codebook, triton_nearest(x * float("nan"), codebook))
+for shape in ((131072, 512, 64), (131072, 16384, 64), (131072, 512, 256)):  # the tiles of many inputs
+    x, codebook = torch.randn(130, shape[2]), torch.randn(140, shape[2])
+    save(f"sizes {shape}", x, codebook, triton_nearest(x, codebook, **tiles(*shape, "tf32x3")))
 """
 
 
@@ -63,16 +68,16 @@ def test_the_interpreted_kernel_gives_ties_to_the_lowest_index(found):
 
 
 @pytest.mark.parametrize("architecture, most_shared", [(80, 166_912), (90, 232_448)])
-@pytest.mark.parametrize("width, count", SHIPPED)
-def test_the_kernel_fits_a_gpu_without_spills(width, count, architecture, most_shared):
+@pytest.mark.parametrize("count, codes, width", SHIPPED)
+def test_the_kernel_fits_a_gpu_without_spills(count, codes, width, architecture, most_shared):
     nearest_triton = pytest.importorskip("kernels.nearest_triton")
-    tiles = nearest_triton.tiles(count, width, "tf32x3")
+    tiles = nearest_triton.tiles(count, codes, width, "tf32x3", architecture // 10)
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     padded = -(-width // tiles["BD"]) * tiles["BD"]
     shared, spilled = resources(
         nearest_triton.nearest_kernel, architecture, dict.fromkeys(
             ("x_ptr", "code_ptr", "norm_ptr", "center_ptr", "inverse_ptr"), "*fp32") | {"out_ptr": "*i64"}, ["N"],
-        tiles | {"K": 512, "D": width, "WIDTH": padded, "PRECISION": "tf32x3"}, options)
+        tiles | {"K": codes, "D": width, "WIDTH": padded, "PRECISION": "tf32x3"}, options)
     assert shared <= most_shared and spilled == 0
 
 
