@@ -81,10 +81,11 @@ def tiles(count, codes, width, precision, generation=9):
     Args:
         generation: of the GPU, the first number of its compute capability; 9 is an H100's.
     """
-    step = min(max(16, triton.next_power_of_2(width)), 64 if precision == "tf32x3" and width <= 64 else 32)
+    narrow = width <= 64 and generation in (9, 10)  # others would spill registers or lack shared memory
+    step = min(max(16, triton.next_power_of_2(width)), 64 if narrow and precision == "tf32x3" else 32)
     if count >= 128 * 128:
-        many = codes >= MANY_CODES and width <= 64 and generation >= 9  # an A100 has too few registers for it
-        return {"BN": 128, "BK": 128 if many else 64, "BD": step, "num_warps": 8, "num_stages": 2}
+        codes = 128 if narrow and codes >= MANY_CODES else 64
+        return {"BN": 128, "BK": codes, "BD": step, "num_warps": 8, "num_stages": 2}
     if width > 64:  # fewer rows a tile, or a GPU of 132 processors would idle
         return {"BN": 32, "BK": 128, "BD": step, "num_warps": 4, "num_stages": 3}
     return {"BN": 64, "BK": 64, "BD": step, "num_warps": 4, "num_stages": 2}

@@ -67,7 +67,7 @@ def test_the_interpreted_kernel_gives_ties_to_the_lowest_index(found):
     assert torch.equal(indices, torch.cdist(x, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(1))
 
 
-@pytest.mark.parametrize("architecture, most_shared", [(80, 166_912), (90, 232_448)])
+@pytest.mark.parametrize("architecture, most_shared", [(80, 101_376), (90, 232_448)])  # those of an RTX 4090, an H100
 @pytest.mark.parametrize("count, codes, width", SHIPPED)
 def test_the_kernel_fits_a_gpu_without_spills(count, codes, width, architecture, most_shared):
     nearest_triton = pytest.importorskip("kernels.nearest_triton")
