@@ -18,7 +18,7 @@ MOST_GRAPHS = 6  # of a step: each part that is switched on, and logged steps, h
 # Settings of torch._functorch.config, which has no public name: in torch 2.11 and 2.14, perhaps not in others.
 COMPILER_SETTINGS = {
     "donated_buffer": False,  # else a backward that keeps its graph for another is refused
-    "force_non_lazy_backward_lowering": True,  # the backward compiles before the forward runs: a failure changes nothing
+    "force_non_lazy_backward_lowering": True,  # the backward compiles before the forward runs: to fail early
 }
 
 
