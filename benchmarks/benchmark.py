@@ -5,6 +5,7 @@ To add a subject: write a function that returns {label: callable} with the refer
 """
 import ctypes
 import importlib
+import math
 import os
 import re
 import statistics
@@ -19,6 +20,7 @@ from PIL import Image
 
 from benchmarks import gpu_steps, steps
 from benchmarks.steps import BATCH, CODES, HIDDEN, SIDE
+from benchmarks.streams import stream
 from datasets import Source, load
 from functions import vq
 from harness import checkpoint, cli, report
@@ -29,6 +31,7 @@ from losses import TERMS
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
 FILES, FILE_SIDE = 2048, 96  # of the image folder
+FED = 10_000  # images a second that a GPU takes
 
 
 def alternate(callables, repeats):
@@ -249,6 +252,8 @@ SUBJECTS = {
     "ssim-256": _similarity("ssim", 16, 256),
     "ms-ssim-256": _similarity("ms-ssim", 16, 256),
     "folder": folder,
+    "stream-128": stream(128, 1.15, (224, 224)),
+    "stream-256": stream(256, 1.15, (375, 500)),
     "prior-step": prior_step,
     "sampling-8x8": _sampling(64, 8, 8),
     "sampling-32x32": _sampling(16, 32, 2),
@@ -259,7 +264,8 @@ SUBJECTS = {
 
 
 COLUMNS = {"ms": "ms (median)", "speed_ratio": "times as fast", "extra_mb": "extra memory (MB)",
-           "images_per_s": "images per second", "peak_share": "share of the bf16 peak"}
+           "images_per_s": "images per second", "workers": f"processes for {FED:,} images/s",
+           "peak_share": "share of the bf16 peak"}
 
 
 def measure(callables, repeats, device):
@@ -272,8 +278,11 @@ def measure(callables, repeats, device):
         rows[label] = {"ms": 1000 * value, "speed_ratio": next(iter(seconds.values())) / value,
                        "extra_mb": extra_memory_mb(call, device)}
         if hasattr(call, "images"):
-            rows[label] |= {"images_per_s": call.images / value,
-                            "peak_share": call.flops / value / steps.bf16_peak(device)}
+            rows[label]["images_per_s"] = rate = call.images / value
+            if hasattr(call, "flops"):
+                rows[label]["peak_share"] = call.flops / value / steps.bf16_peak(device)
+            elif call.is_worker:
+                rows[label]["workers"] = math.ceil(FED / rate)
     return rows
 
 

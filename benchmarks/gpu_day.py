@@ -1,15 +1,17 @@
 """All that a GPU should be asked, in one script: exactness, graphs against plain steps, speed against others.
 
-    python -m benchmarks.gpu_day                      about 5 minutes on an H100; writes gpu_day.json and gpu_day.md
+    python -m benchmarks.gpu_day                        at most 6 minutes; writes gpu_day.json and gpu_day.md
     python -m benchmarks.gpu_day --device cpu --dry-run all of it in small, without a GPU
 
-What is compared is timed alternately. A part that fails is reported and the rest goes on.
+What is compared is timed alternately. A part that fails is reported and the rest goes on. After 5 minutes nothing new
+begins: what is missing then is named, and `--parts` runs it by itself.
 To add a part: write a function (device, small) -> rows, each a dict of plain values, and give it a row in `PARTS`.
 """
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from functools import partial
@@ -26,7 +28,14 @@ from kernels.ssim import mean_ssim
 from modules import GatedPixelCNN
 
 ROUNDS, SECONDS = 5, 0.15  # of each thing that is timed: how often, and about how long each time
-TEST_SECONDS = 100
+TEST_SECONDS, ALL_SECONDS = 200, 310  # what the tests may take, and when nothing new begins
+START = time.perf_counter()
+SEARCHES = (131072, 512, 64), (16384, 16384, 64), (8192, 512, 256), (32768, 1024, 256)  # N, K, D
+STEPS = (32, 128), (32, 1024), (128, 32, "--hidden-size", 64), (256, 16, "--hidden-size", 64)  # side, images, flags
+SMALL_STEPS = (16, 4, "--hidden-size", 16),
+SMALL_SEARCHES = (512, 64, 16),
+# Rows and codes of a tile, warps, stages.
+TILES = ((32, 128, 4, 3), (64, 64, 4, 2), (64, 128, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3))
 
 
 def main():
@@ -39,12 +48,16 @@ def main():
                         help="write the tables to NAME.json and NAME.md (default %(default)s)")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.dry_run:
+        steps.PRODUCT = 64  # the peak of a CPU takes minutes to measure
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     found = {"device": name, "torch": torch.__version__, "seconds": {}, "failed": {}}
     text = [f"# {name}, torch {torch.__version__}"]
     for part in args.parts:
         start = time.perf_counter()
         try:
+            if late():
+                raise TimeoutError(f"{ALL_SECONDS} s were over before it began: run --parts {part}")
             found[part] = PARTS[part](device, args.dry_run)
             text.append(f"## {part}\n\n{_table(found[part])}")
         except Exception:  # the next parts may still be well
@@ -65,11 +78,17 @@ def _table(rows):
 
 # --- timing
 
+def late():
+    return time.perf_counter() - START > ALL_SECONDS
+
+
 def timed(calls, device):
-    """{label: median milliseconds} of calls made in turn; one that fails is None."""
+    """{label: median milliseconds} of calls made in turn; one that fails, or for which it is too late, is None."""
     milliseconds = {}
     for label, call in list(calls.items()):
         try:
+            if late():
+                raise TimeoutError(f"{ALL_SECONDS} s are over")
             once = _milliseconds(call, 3, device)  # and warms up
             milliseconds[label] = (max(1, round(1000 * SECONDS / max(once, 1e-3))), [])
         except Exception as error:
@@ -108,24 +127,29 @@ def rows_of(what, calls, device, images=0, flops=None):
 # --- right?
 
 def tests(device, small):
-    """The tests that need a GPU."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "-q", "-p", "no:cacheprovider", "tests"],
-                          capture_output=True, text=True, timeout=TEST_SECONDS)
-    print(done.stdout[-6000:], done.stderr[-1000:], flush=True)
-    return [{"tests": done.stdout.strip().splitlines()[-1]}]
+    """The tests that need a GPU: how many passed, which failed, and the last that began where time ran out."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "-vv", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    with tempfile.TemporaryFile("w+") as file:
+        try:
+            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=TEST_SECONDS)
+        except subprocess.TimeoutExpired:
+            file.write(f"\nstopped after {TEST_SECONDS} s")
+        file.seek(0)
+        lines = file.read().strip().splitlines()
+    print("\n".join(lines)[-6000:], flush=True)
+    passed = sum(" PASSED" in line for line in lines)
+    failed = [line for line in lines if line.startswith("FAILED")]
+    return [{"tests": line[:200]} for line in (f"{passed} passed", lines[-1].strip("= "), *failed)]
 
 
 def exactness(device, small):
     """Codes of the search that are wrong, against float64; and which of equal codes it names."""
     rows = []
-    searches = {"vq": nearest}
-    if device.type == "cuda":
-        searches |= {precision: partial(triton_nearest, precision=precision) for precision in ("ieee", "tf32x3")}
     for shape in ((500, 70, 16),) if small else ((131072, 512, 64), (8192, 512, 256), (16384, 16384, 64),
                                                  (5000, 777, 300), (5000, 100, 5)):
         for dtype in (torch.float32, torch.bfloat16):
-            rows += [{"N x K x D": " x ".join(map(str, shape)), "inputs": str(dtype)[6:], "search": name}
-                     | search_errors(search, *shape, device, dtype) for name, search in searches.items()]
+            rows.append({"N x K x D": " x ".join(map(str, shape)), "inputs": str(dtype)[6:]}
+                        | search_errors(nearest, *shape, device, dtype))
     return rows
 
 
@@ -153,21 +177,33 @@ def _difference(a, b):
 # --- fast?
 
 def search(device, small):
-    """The nearest code: the kernel in its two precisions, the blocks, and the plain way."""
+    """The nearest code: ours, its blocks without Triton, the plain way and other libraries."""
     rows = []
-    for count, codes, width in ((512, 64, 16),) if small else ((131072, 512, 64), (16384, 16384, 64), (8192, 512, 256),
-                                                               (32768, 1024, 256)):
+    for count, codes, width in SMALL_SEARCHES if small else SEARCHES:
         x, book = torch.randn(count, width, device=device), torch.randn(codes, width, device=device)
 
         def plain(x=x, book=book):
             return torch.addmm(book.square().sum(1), x, book.t(), alpha=-2).argmin(1)
         calls = {"addmm + argmin": plain, "addmm + argmin, in a graph": in_graph(plain, device),
                  "vq": partial(vq, x, book), "vq, in a graph": in_graph(partial(vq, x, book), device)}
-        if device.type == "cuda":
-            calls |= {f"kernel, {precision}": partial(triton_nearest, x, book, precision)
-                      for precision in ("ieee", "tf32x3")}
         calls["blocks"] = partial(blocked_nearest, x, book)
         calls |= peers.quantizers(x, book)
+        rows += rows_of(f"{count} x {codes} x {width}", calls, device)
+    return rows
+
+
+def tiles(device, small):
+    """The kernel of the search, in a graph, with other tiles than the ones it chooses, which come first."""
+    if device.type != "cuda":
+        return [{"what": "no GPU"}]
+    rows = []
+    for count, codes, width in SEARCHES:
+        x, book = torch.randn(count, width, device=device), torch.randn(codes, width, device=device)
+        calls = {"as chosen": in_graph(partial(triton_nearest, x, book), device)}
+        step = 64 if width <= 64 else 32
+        for inputs, columns, warps, stages in TILES:
+            calls[f"{inputs} x {columns} x {step}, {warps} warps, {stages} stages"] = in_graph(partial(
+                triton_nearest, x, book, BN=inputs, BK=columns, BD=step, num_warps=warps, num_stages=stages), device)
         rows += rows_of(f"{count} x {codes} x {width}", calls, device)
     return rows
 
@@ -176,15 +212,24 @@ def in_graph(call, device):
     """The call as it runs within a training step: replayed as a CUDA graph, without the cost of its launches."""
     if device.type != "cuda":
         return call
-    stream = torch.cuda.Stream(device)
+    graphs = []
+
+    def replay():
+        if not graphs:
+            graphs.append(_captured(call, device))
+        graphs[0].replay()
+    return replay
+
+
+def _captured(call, device):
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         call()
-    return graph.replay
+    return graph
 
 
 def ssim(device, small):
@@ -208,20 +253,19 @@ def _gradient(value, a, b):
 
 
 def training(device, small):
-    """A step of vqvae.py against the plain loop, both also compiled."""
+    """A step of vqvae.py against the plain loop; of the first size both also compiled, which takes a while."""
     rows = []
-    for side, count, flags in ((16, 4, ("--hidden-size", 16)),) if small else (
-            (32, 128, ()), (32, 1024, ()), (128, 32, ("--hidden-size", 64)), (256, 16, ("--hidden-size", 64))):
+    for side, count, *flags in SMALL_STEPS if small else STEPS:
         images, hidden = steps.noise(count, side, device), steps.flags_of(*flags).hidden_size
-        x = images[0][0].contiguous()
-        plain, plain_compiled = (steps.plain_step(lambda x=x: x, device, hidden, compile=compile)
-                                 for compile in (False, True))
-        calls = {"plain loop, TF32": plain, "plain loop, compiled": plain_compiled,
+        plain = partial(steps.plain_step, images[0][0].contiguous, device, hidden)
+        calls = {"plain loop, TF32": plain(),
                  "vqvae.py --no-graph": steps.Training(images, *flags, "--no-graph"),
                  "vqvae.py": steps.Training(images, *flags),
-                 "vqvae.py --compile": steps.Training(images, *flags, "--compile"),
-                 "recommended": steps.Training(images, *flags, *steps.RECOMMENDED),
-                 "recommended --compile": steps.Training(images, *flags, *steps.RECOMMENDED, "--compile")}
+                 "recommended": steps.Training(images, *flags, *steps.RECOMMENDED)}
+        if not rows:
+            calls |= {"vqvae.py --compile": steps.Training(images, *flags, "--compile"),
+                      "recommended --compile": steps.Training(images, *flags, *steps.RECOMMENDED, "--compile"),
+                      "plain loop, compiled": plain(compile=True)}
         rows += rows_of(f"{count} of {side}x{side}, hidden {hidden}", calls, device, count,
                         steps.flops_of(side, device, *flags))
     return rows
@@ -250,8 +294,8 @@ def memory(device, small):
     if device.type != "cuda":
         return [{"what": "no GPU"}]
     rows = []
-    for side, count, flags in ((32, 128, ()), (128, 32, ("--hidden-size", 64))):
-        for more in (("--no-graph",), (), ("--compile",)):
+    for side, count, *flags in STEPS[0], STEPS[2]:
+        for more in (("--no-graph",), ()) + (("--compile",),) * (not flags):  # compiled before, by `training`
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -292,12 +336,13 @@ PARTS = {
     "tests": tests,
     "exactness": exactness,
     "graph_against_eager": graph_against_eager,
-    "search": search,
-    "ssim": ssim,
     "training": training,
+    "ssim": ssim,
+    "search": search,
     "others": others,
-    "memory": memory,
     "profile": profile,
+    "memory": memory,
+    "tiles": tiles,
 }
 
 if __name__ == "__main__":

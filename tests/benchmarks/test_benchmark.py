@@ -7,7 +7,7 @@ from conftest import call
 from PIL import Image
 
 import experiment
-from benchmarks import benchmark, steps
+from benchmarks import benchmark, gpu_day, steps, streams
 from harness.device import keep_freed_memory
 from modules import GatedPixelCNN, VectorQuantizedVAE
 
@@ -54,10 +54,15 @@ def test_references_compute_what_we_compute(monkeypatch):
 
 def test_the_command_line_prints_and_keeps_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "FILES", 64)
-    code, out, err = call(tmp_path, "benchmarks/benchmark.py", "folder", "ssim-32", "--repeats", "1")
+    monkeypatch.setattr(streams, "IMAGES", 8)
+    code, out, err = call(tmp_path, "benchmarks/benchmark.py", "folder", "stream-128", "ssim-32", "--repeats", "1")
     assert code == 0 and "times as fast" in out and "first epoch" in out, err
     results = json.loads((tmp_path / "benchmark.json").read_text())["results"]
-    assert set(results) == {"folder", "ssim-32"} and results["folder"]["datasets.py, later epochs"]["speed_ratio"] > 0
+    row = results["stream-128"]["a worker of datasets.py"]
+    assert row["images_per_s"] == pytest.approx(8000 / row["ms"])
+    assert (row["workers"] - 1) * row["images_per_s"] < 10_000 <= row["workers"] * row["images_per_s"]
+    assert set(results) == {"folder", "stream-128", "ssim-32"}
+    assert results["folder"]["datasets.py, later epochs"]["speed_ratio"] > 0
     code, _, err = call(tmp_path, "benchmarks/benchmark.py", "speed")
     assert code == 2 and "no such subject: speed" in err
 
@@ -71,6 +76,24 @@ def test_later_epochs_of_a_folder_open_no_file(monkeypatch):
     decoded = len(opened)
     later()
     assert decoded >= 64 and len(opened) == decoded
+
+
+# --- the day of a GPU
+
+@pytest.mark.parametrize("seconds", [1e9, -1.])
+def test_a_part_that_fails_or_comes_too_late_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, seconds):
+    def bad(device, small):
+        raise RuntimeError("no kernel")
+    monkeypatch.setattr(gpu_day, "ALL_SECONDS", seconds)
+    monkeypatch.setattr(steps, "PRODUCT", steps.PRODUCT)  # which a dry run sets
+    monkeypatch.setattr(gpu_day, "PARTS", {"bad": bad, "exactness": gpu_day.exactness})
+    code, out, err = call(tmp_path, "benchmarks/gpu_day.py", "--device", "cpu", "--dry-run")
+    assert code == 0, err
+    found = json.loads((tmp_path / "gpu_day.json").read_text())
+    assert ("no kernel" in found["failed"]["bad"]) == ("exactness" in found) == (seconds > 0)
+    assert ("run --parts exactness" in (tmp_path / "gpu_day.md").read_text()) == (seconds < 0)
+    timed = gpu_day.timed({"good": lambda: None, "bad": lambda: bad(0, 0)}, torch.device("cpu"))
+    assert (timed["good"] is not None) == (seconds > 0) and timed["bad"] is None
 
 
 # --- steps of training
