@@ -17,6 +17,7 @@ from terms.images import EPS
 
 ROWS = pixel.ROWS | structure.ROWS | frequency.ROWS | filters.ROWS | statistics.ROWS
 TERMS = {name: row.term for name, row in ROWS.items()}
+COLOUR_TERMS = {name for name, row in ROWS.items() if row.colour}  # left out where images are grey
 STRUCTURAL_TERMS = {name for name, row in ROWS.items() if row.structural}  # --sharpen shows them sharpened originals
 
 

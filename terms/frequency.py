@@ -236,5 +236,5 @@ ROWS = {
     "nlpd": Row(nlpd, structural=True),
     "focal-frequency": Row(focal_frequency, structural=True),
     "fsim": Row(fsim, structural=True),
-    "vsi": Row(vsi, structural=True),
+    "vsi": Row(vsi, structural=True, colour=True),
 }

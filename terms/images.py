@@ -13,10 +13,12 @@ CHROMA = ((0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # I and Q of YIQ
 
 
 class Row(NamedTuple):
-    """A term (x_tilde, x) -> scalar, and whether it is structural: whether `--sharpen` shows it sharpened originals."""
+    """A term (x_tilde, x) -> scalar, whether it is structural: whether `--sharpen` shows it sharpened originals; and
+    whether it is of colour: grey images go without it."""
 
     term: Callable
     structural: bool = False
+    colour: bool = False
 
 
 def unit(x):

@@ -66,7 +66,7 @@ ROWS = {
     "mse": Row(mse),
     "l1": Row(l1),
     "charbonnier": Row(charbonnier),
-    "chroma": Row(chroma),
-    "coarse-chroma": Row(coarse_chroma),
+    "chroma": Row(chroma, colour=True),
+    "coarse-chroma": Row(coarse_chroma, colour=True),
     "psnr": Row(psnr),
 }

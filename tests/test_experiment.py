@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import call, write_images
+from PIL import Image
 from torch import nn
 
 import datasets
@@ -46,6 +47,17 @@ def test_help_and_args_json_show_what_a_recipe_stands_for(folder):
     args = json.loads((folder / "models" / "vqvae" / "args.json").read_text())
     assert args["recipe"] == "recommended" and args["mse_weight"] == 0 and args["lr"] == 0.01
     assert args["lr_schedule"] == "cosine" and args["warmup_steps"] == 0.1
+
+
+@pytest.mark.parametrize("recipe, term", [("recommended", "chroma"), ("recommended-photos", "coarse-chroma")])
+def test_grey_images_go_without_the_colour_term_of_a_recipe(folder, recipe, term):
+    for path in (folder / "images").iterdir():
+        Image.open(path).convert("L").save(path)
+    code, out, err = call(folder, "vqvae.py", *SMALL, "--recipe", recipe, "--num-epochs", "1")
+    assert code == 0, err
+    assert out.count(f"the images are grey: {term} left out of the loss\n") == 1
+    weights = checkpoint.load(folder / "models" / "vqvae", "vqvae")["loss"]["weights"]
+    assert term not in weights and weights["root-ssim"] == 0.4
 
 
 # --- averaged weights
