@@ -128,7 +128,7 @@ def data_flags(flags):
 def try_judges(data, trained, features, device):
     """Open data and judges as the runs will be measured with; what they learn or download is kept."""
     data.dataset, data.data_folder = datasets.find(data.dataset, data.data_folder)
-    source = replace(datasets.source_of(data), crop_scale=1.)  # as `datasets.Source.of` a run
+    source = replace(datasets.source_of(data), crop_scale=1., limit=None)  # as `datasets.Source.of` a run
     open_judged(data.dataset, source, measuring.checkpoints_of(trained), features, device)
     torch.cuda.empty_cache()
 

@@ -59,7 +59,8 @@ def add_folder_arguments(group):
                        "(default data, or the folder that the VQ-VAE was trained with)")
     group.add_argument("--no-download", action="store_true", help="fail where the data set is not on disk")
     group.add_argument("--skip-broken", action="store_true", help="go on without images that do not decode")
-    group.add_argument("--limit", type=cli.positive_int, metavar="N", help="use the first N training images")
+    group.add_argument("--limit", type=cli.positive_int, metavar="N", help="use at most N images of each split, for a "
+                       "quick look; evaluate.py and compare.py measure whole splits all the same")
     cores = (os.cpu_count() or 2) // distributed.local_world_size()
     group.add_argument("--num-workers", type=cli.whole, default=max(1, cores - 1),
                        help="processes that decode images where a data set streams from disk")
@@ -88,7 +89,7 @@ def source_of(args):
     if args.random_crop and not args.image_size:
         raise UserError("--random-crop needs --image-size, the size of a crop")
     return Source(args.data_folder, args.image_size, not args.no_download, args.skip_broken, args.random_crop or 1.,
-                  memory=args.memory)
+                  limit=args.limit, memory=args.memory)
 
 
 def _known(name):
@@ -135,6 +136,7 @@ class Source:
     channels: int = None  # None: as many as the files have
     in_order: bool = False  # frames of clips one after another, none shuffled; see `load`
     carved: str = ""  # `Data.carved` as it must be; empty: as it is
+    limit: int = None  # images of each split at most
     memory: float = None  # GB that decoded images may take; None: `IN_MEMORY_BYTES`
 
     @classmethod
@@ -181,9 +183,15 @@ class Data:
                 f"classes: {len(self.classes) or 'none'}" + ", streamed from disk" * self.train.streams)
 
 
+def is_rendered(name):
+    """Whether a data set makes its images, and so need not make more of them than --limit asks for."""
+    return hasattr(DATASETS[name], "version")
+
+
 def fingerprint(name, source):
     """What a data set's images depend on, as text: changes when a file in its folder does."""
     description = [name, str(source.image_size), str(source.skip_broken)]
+    description += [f"limit {source.limit}"] * bool(source.limit)
     description += [f"version {DATASETS[name].version}"] if hasattr(DATASETS[name], "version") else []
     if Path(source.folder).is_dir() and name != BUILT_IN:  # a data set may make its images without one
         for path in find_files(source.folder)[0]:
@@ -192,13 +200,12 @@ def fingerprint(name, source):
     return hashlib.sha256("\n".join(description).encode(errors="surrogateescape")).hexdigest()
 
 
-def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None, workers=0):
+def load(name, source, batch_size, device="cpu", flip=False, seed=0, workers=0):
     """Open a data set by name.
 
     Args:
         name: a key of `DATASETS`. source: `Source`. flip: mirror half of the training images, anew each epoch.
-        seed: of the training order. limit: use the first so many training images. workers: processes that decode
-            where images stream.
+        seed: of the training order. workers: processes that decode where images stream.
     Returns:
         `Data`. Where the source is `in_order`, labels are rows (N, 4): label, clip, number of the frame within it and
         action that led to it; clips are in one split as a whole, and train is in their order.
@@ -219,9 +226,8 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, limit=None,
         raise UserError(f"files of {source.folder} were added, removed or renamed since the model was trained, so "
                         "that others are held out for valid and test, some of which it has learned: put them back as "
                         "they were, or train anew (from folders train, valid and test, which stay as they are)")
-    if limit:
-        images, labels = splits["train"]
-        splits["train"] = (_subset(images, slice(0, limit)), labels[:limit])
+    if source.limit:
+        splits = limited(splits, source.limit, source.in_order)
     splits = {split: (_sized(images, source.train_size() if split == "train" else source.image_size), labels)
               for split, (images, labels) in splits.items()}
     files = [images for images, _ in splits.values() if isinstance(images, ImageFiles)]
@@ -275,6 +281,18 @@ def _complete_clips(splits, missing):
     kept = torch.isin(rows[:, 1], clips).nonzero().squeeze(1)
     splits["train"] = (_subset(images, kept), rows[kept])
     return splits
+
+
+def limited(splits, limit, in_order=False):
+    """{split: at most so many of its (images or latents, labels)}: of train the first, which are in random order.
+
+    Of valid and test, which may be sorted by class, some that are spread evenly; or the first, where they are in order.
+    """
+    def few(split, images, labels):
+        count, first = min(limit, len(labels)), in_order or split == "train"
+        index = torch.arange(count) if first else torch.linspace(0, len(labels) - 1, count).long()
+        return _subset(images, index), labels[index]
+    return {split: few(split, *part) for split, part in splits.items()}
 
 
 def _subset(images, index):
@@ -354,7 +372,7 @@ def held_out(models, folder):
 
 def _boxing(source):
     splits = {}
-    for split, (frames, clips) in boxing.load(source.folder).items():
+    for split, (frames, clips) in boxing.load(source.folder, source.limit).items():
         label = torch.zeros(len(frames), 1, dtype=torch.int64)
         splits[split] = (frames, torch.cat([label, clips], 1) if source.in_order else label[:, 0])
     return splits, []

@@ -130,7 +130,8 @@ def settle(args, first, in_order=False):
             raise UserError(f"--{name.replace('_', '-')} {given} contradicts {args.model}, which has {value}: "
                             "leave the flag out")
     source = Source.of(first.ckpt, args.data_folder, not args.no_download)
-    source = replace(source, skip_broken=source.skip_broken or args.skip_broken, in_order=in_order)
+    source = replace(source, skip_broken=source.skip_broken or args.skip_broken, in_order=in_order,
+                     limit=args.limit if datasets.is_rendered(known["dataset"]) else None)
     settled = {"data_folder": source.folder, "skip_broken": source.skip_broken,
                "precision": pick_precision(first.device, args.precision)}
     return argparse.Namespace(**vars(args) | known | settled), source

@@ -10,6 +10,7 @@ from harness import checkpoint, distributed
 from harness.batches import Batches
 from harness.errors import UserError
 from harness.folder import check_data, check_folder, lock, run_folder
+from harness.progress import Progress
 from priors.first_stage import ENCODE_BATCH, check_classes
 
 
@@ -49,14 +50,18 @@ def read_or_encode(path, args, first, source):
     images = open_images(args, first, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if distributed.rank() else lock(path.parent):
-        splits = {split: encode(getattr(images, split), first) for split in SPLITS}
+        splits = {split: encode(getattr(images, split), first, f"encoding {split}") for split in SPLITS}
         checkpoint.save(path, "latents", {"key": key(), "splits": splits})  # opened, a data set may have been made anew
     return splits
 
 
-def encode(batches, first):
-    """(latents (N, h, w) int32, labels) of the images of a split, in their order, on the CPU."""
-    encoded = [(first.encode(x).to(torch.int32).cpu(), label.cpu()) for x, label in batches.in_order()]
+def encode(batches, first, what):
+    """(latents (N, h, w) int32, labels) of the images of a split, in their order, on the CPU; progress says `what`."""
+    encoded = []
+    with Progress(what, len(batches.labels)) as progress:
+        for x, label in batches.in_order():
+            encoded.append((first.encode(x).to(torch.int32).cpu(), label.cpu()))
+            progress.add(len(x))
     return tuple(map(torch.cat, zip(*encoded)))
 
 
@@ -74,8 +79,7 @@ def split_latents(splits, args, device, of_classes=False):
     if of_classes and any(not set(splits[split][1].tolist()) <= known for split in ("valid", "test")):
         print(f"valid and test have classes that train lacks: both are carved from train, {datasets.CARVED:.0%} each")
         splits = datasets.complete({"train": splits["train"]}, ["valid", "test"])
-    latents, labels = splits["train"]
-    splits = splits | {"train": (latents[:args.limit], labels[:args.limit])}
+    splits = datasets.limited(splits, args.limit) if args.limit else splits
     batches = [LatentBatches(*splits[split], args.batch_size, device, shuffle=split == "train", seed=args.seed)
                for split in SPLITS]
     for split, part in zip(batches, SPLITS):

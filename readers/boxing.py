@@ -7,6 +7,7 @@ from PIL import Image
 
 from harness.checkpoint import write_with
 from harness.errors import UserError
+from harness.progress import Progress
 
 FRAMES = {"train": 80000, "valid": 2000, "test": 2000}
 SIZE, SKIP = 84, 2  # pixels a side; emulator frames, 60 a second, from one that is kept to the next
@@ -17,10 +18,11 @@ ACTIONS = ["noop", "fire", "up", "right", "left", "down", "upright", "upleft", "
 MARK = f"boxing-{SIZE}.npz"
 
 
-def load(folder):
+def load(folder, limit=None):
     """{split: (frames (N, 84, 84, 3) uint8, (N, 3) int64: episode, number within it, action that led to it)}.
 
     An action is an index into `ACTIONS`, 0 for the first frame of an episode. Each split plays episodes of its own.
+    With a limit and no cache, so many frames of each split are rendered, the first ones, and not kept.
 
     Raises:
         UserError: the cache is damaged, or ale-py is needed and missing.
@@ -28,12 +30,13 @@ def load(folder):
     cache = Path(folder) / MARK
     kept = _read(cache) if cache.is_file() else None
     if kept is None:
-        arrays = {"version": np.array(VERSION)}
+        kept = {"version": np.array(VERSION)}
         for seed, (split, count) in enumerate(FRAMES.items()):
-            arrays[split], arrays[f"{split}-clips"] = render(count, seed)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_with(cache, lambda file: np.savez_compressed(file, **arrays))
-        kept = _read(cache) or arrays  # of many processes, one writes
+            kept[split], kept[f"{split}-clips"] = render(min(count, limit or count), seed, split)
+        if not limit:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_with(cache, lambda file: np.savez_compressed(file, **kept))
+            kept = _read(cache) or kept  # of many processes, one writes
     return {split: (torch.from_numpy(kept[split]), torch.from_numpy(kept[f"{split}-clips"])) for split in FRAMES}
 
 
@@ -48,8 +51,8 @@ def _read(cache):
         raise UserError(f"{cache} is damaged ({error}): delete it, and it is rendered anew") from error
 
 
-def render(count, seed):
-    """Play `count` frames under a random policy; frames and what led to them, as in `load`.
+def render(count, seed, split):
+    """Play `count` frames of a split under a random policy; frames and what led to them, as in `load`.
 
     Raises:
         UserError: ale-py is missing.
@@ -64,11 +67,14 @@ def render(count, seed):
     ale.setFloat("repeat_action_probability", 0.)  # an action is the one recorded
     ale.loadROM(roms.get_rom_path("boxing"))
     episode = number = action = held = 0
+    progress = Progress(f"rendering {split}", count, "frames")
     while True:
         frame = Image.fromarray(ale.getScreenRGB()).resize((SIZE, SIZE), Image.Resampling.BOX)
         frames.append(np.asarray(frame))
         clips.append((episode, number, action))
+        progress.add(1)
         if len(frames) == count:
+            progress.close()
             return np.stack(frames), np.array(clips, dtype=np.int64)
         if not held:
             action = int(policy.integers(len(ACTIONS)))

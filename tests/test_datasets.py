@@ -31,7 +31,7 @@ def rows(batches):
 
 
 def open_folder(path, batch_size=4, **options):
-    source = Source(str(path), **{k: options.pop(k) for k in ("image_size", "skip_broken") if k in options})
+    source = Source(str(path), **{k: options.pop(k) for k in ("image_size", "skip_broken", "limit") if k in options})
     return load("folder", source, batch_size, **options)
 
 
@@ -149,10 +149,21 @@ def test_torchvision_sets_load_from_disk_and_no_download_refuses(tmp_path):
             load(name, Source(str(tmp_path), download=False), 8)
 
 
-def test_limit_keeps_the_first_training_images_alone(tmp_path):
-    pictures(tmp_path, 30)
+def test_limit_keeps_the_first_training_images_and_some_of_every_part_of_the_others(tmp_path):
+    for seed, (split, count) in enumerate((("train", 30), ("valid", 9), ("test", 3))):
+        pictures(tmp_path / split, count, seed=seed)
     data, whole = open_folder(tmp_path, limit=5), open_folder(tmp_path)
-    assert torch.equal(data.train.images, whole.train.images[:5]) and len(data.test.labels) == 3
+    assert torch.equal(data.train.images, whole.train.images[:5])
+    assert torch.equal(data.valid.images, whole.valid.images[::2])
+    assert torch.equal(data.test.images, whole.test.images)
+    assert data.carved == whole.carved
+
+
+def test_limit_renders_no_more_of_boxing_and_keeps_nothing(tmp_path):
+    pytest.importorskip("ale_py")
+    data = load("boxing", Source(str(tmp_path), limit=7, in_order=True), 4)
+    assert [len(split.labels) for split in (data.train, data.valid, data.test)] == [7, 7, 7]
+    assert data.valid.labels[:, 2].tolist() == list(range(7)) and not list(tmp_path.iterdir())
 
 
 def test_missing_and_empty_folders(tmp_path):
@@ -188,7 +199,7 @@ def test_boxing_in_order_has_the_same_frames_and_what_led_to_them(tmp_path, monk
     assert len(held) > 5 and held.min() >= boxing.HELD[0] and held.max() > 2 * held.median()
     again = load("boxing", Source(str(tmp_path)), 4).train
     assert again.labels.ndim == 1 and again.images.sum() == train.images.sum()
-    frames, clips = boxing.render(1000, seed=0)  # the same whoever plays
+    frames, clips = boxing.render(1000, seed=0, split="train")  # the same whoever plays
     assert np.array_equal(frames, train.images) and np.array_equal(clips, train.labels[:, 1:])
 
 
