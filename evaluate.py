@@ -195,7 +195,8 @@ def table(results, setting):
     text = report.markdown_table(["model", *header], [
         [name, *(cell(figures, key) for key in header)] for name, figures in results.items()])
     text += (f"\n\n{setting['dataset']}, {setting['split']} split, {setting['images']} images of "
-             f"{setting['size'][0]}x{setting['size'][1]}; [low, high]: 95% bootstrap interval over images")
+             f"{setting['size'][0]}x{setting['size'][1]}; [low, high]: 95% bootstrap interval over images; "
+             f"{metrics.SHARPNESS}")
     text += "".join(f"; {judge}: {description}" for judge, description in setting["features"].items())
     if setting["features"]:
         text += (f"; distances at N = {setting['images']} compare within this setting only; ± is the standard "

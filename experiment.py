@@ -13,9 +13,9 @@ from harness import checkpoint, cli, distributed
 from harness.device import adam, pick_precision
 from harness.errors import UserError
 from harness.folder import check_data, check_folder, run_folder
-from harness.report import image_rows, markdown_table, save_picture
+from harness.report import image_rows, markdown_table, save_picture, size_of
 from harness.run import Run
-from losses import TERMS, ReconstructionLoss
+from losses import COLOUR_TERMS, TERMS, ReconstructionLoss
 from metrics import measure, reported
 from modules import VectorQuantizedVAE
 from quantizers import QUANTIZERS, settings_of
@@ -23,7 +23,8 @@ from terms.structure import ms_ssim_weights
 
 # Name -> larger is better. "last" is the number of steps: best.pt then holds the last epoch.
 MONITORS = {"loss": False, "mse": False, "last": True}
-PICTURES = 12
+PICTURES, COLUMNS = 12, 6
+LEADING = ("psnr", "ssim", "gradient_ratio")  # of the validation values: the first that TensorBoard shows
 ADAM_BETAS = (0.9, 0.99)  # a second moment that forgets the steep first steps: +0.3 dB in 4 epochs of CIFAR-10
 
 # Recipes: sets of flags by name; `--recipe NAME` stands for them.
@@ -129,8 +130,7 @@ def load_data(args, device):
         facts = checkpoint.load(last, "vqvae", datasets.FACTS)["data"]
         source = replace(source, carved=facts["carved"] if facts["name"] == args.dataset else "")
     with distributed.rank_0_first():
-        data = datasets.load(args.dataset, source, args.batch_size, device, args.flip, args.seed, args.limit,
-                             args.num_workers)
+        data = datasets.load(args.dataset, source, args.batch_size, device, args.flip, args.seed, args.num_workers)
     print(data)
     data.shard(distributed.rank(), distributed.world_size())
     VectorQuantizedVAE.check_size(data.size, args.downsample)
@@ -143,6 +143,7 @@ def load_data(args, device):
 def build_model(args, data):
     """The VQ-VAE, its encoder and codebook those of --frozen-codebook where that is given."""
     model = VectorQuantizedVAE(**model_args_of(args, data.channels))
+    print(size_of(model, torch.zeros(1, data.channels, *data.size)))
     if model.codebook.extra_repr():
         print(f"--quantizer {args.quantizer} --k {args.k}: {model.codebook.extra_repr()}")
     if args.frozen_codebook:
@@ -154,7 +155,12 @@ def build_model(args, data):
 
 def build_loss(args, data):
     """The weighted sum of loss terms for the images of a data set."""
-    criterion = ReconstructionLoss(weights_of(args), args.balance, (data.channels, *data.size), args.sharpen)
+    weights = weights_of(args)
+    of_colour = [name for name in COLOUR_TERMS if weights[name]] if data.channels == 1 else []
+    if of_colour and any(weights[name] for name in weights.keys() - COLOUR_TERMS):
+        print(f"the images are grey: {' and '.join(sorted(of_colour))} left out of the loss")
+        weights |= dict.fromkeys(of_colour, 0.)
+    criterion = ReconstructionLoss(weights, args.balance, (data.channels, *data.size), args.sharpen)
     if "ms-ssim" in criterion.weights:
         scales = ms_ssim_weights(*data.size)
         print(f"ms-ssim at {data.size[0]}x{data.size[1]}: {len(scales)} scales of weights "
@@ -191,9 +197,9 @@ def validate(run, model, data, criterion, autocast, monitor):
     improved = run.improved(values | {"last": run.step}, monitor, MONITORS[monitor], model=model)
     x = data.valid.examples(PICTURES)
     run.log({"loss/valid/reconstruction": values["loss"], "loss/valid/quantization": values["quantization"]})
-    run.log_picture("original", image_rows([metrics.as_8bit(x)]))
-    run.log_picture("reconstruction", image_rows([reconstruct(model, x)]))
-    run.log_validation(values, ("loss", *reported()), improved)
+    pairs = zip(metrics.as_8bit(x).split(COLUMNS), reconstruct(model, x).split(COLUMNS))
+    run.log_picture("original_above_reconstruction", image_rows([row for pair in pairs for row in pair]))
+    run.log_validation(values, ("loss", *reported()), improved, LEADING)
 
 
 def report(run, model, data, criterion):
@@ -205,7 +211,8 @@ def report(run, model, data, criterion):
     picture = save_picture(run.models / "reconstructions.png", [metrics.as_8bit(x), reconstruct(model, x)])
     results = run.finish(values, reported())
     print("\n" + markdown_table(["test split", "value"], [[name, results[name]] for name in reported()]))
-    print(f"\n{results['ms_per_step']:.4g} ms a step, {run.seconds:.4g} s of training on {run.device}")
+    print(f"{metrics.SHARPNESS}\n\n{results['ms_per_step']:.4g} ms a step, {run.seconds:.4g} s of training on "
+          f"{run.device}")
     print(f"picture (original above, reconstruction below): {picture}\ncurves: {run.see_curves}")
 
 

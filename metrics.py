@@ -52,7 +52,8 @@ def _mean_gradient(x):
 
 
 def gradient_ratio(x_tilde, x):
-    """Mean gradient magnitude, reconstruction / original: (B,). 1 is as sharp as the original, below 1 is blurry."""
+    """Mean gradient magnitude, reconstruction / original: (B,). 1 is as sharp as the original, below 1 is blurry,
+    above 1 is noise or over-sharpening."""
     return (_mean_gradient(x_tilde) + _FLAT) / (_mean_gradient(x) + _FLAT)
 
 
@@ -166,6 +167,9 @@ def bootstrap_interval(values, resamples=1000, seed=0):
 
 
 # --- a model measured on a split, one way, whoever asks: training, evaluation or comparison
+
+SHARPNESS = "gradient_ratio: 1 is as sharp as the original, below 1 is blurry, above 1 is noise or over-sharpening"
+
 
 def reported():
     """Names of the figures that tables show: what every model has, whatever it was trained on."""

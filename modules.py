@@ -9,6 +9,7 @@ from harness.checkpoint import complete
 from harness.device import one_step
 from harness.distributed import BatchNorm2d
 from harness.errors import UserError
+from harness.progress import counted
 from quantizers import QUANTIZERS, VQEmbedding  # noqa: F401 (VQEmbedding is looked for here)
 
 
@@ -328,7 +329,7 @@ class GatedPixelCNN(Rebuilt, nn.Module):
         uniform = torch.rand(height * width, batch_size, 1, dtype=torch.float64, generator=generator)
         uniform = iter(send(uniform, weight.device) if on_gpu else uniform)
         latents = torch.zeros(batch_size, height, width, dtype=torch.int64, device=weight.device)
-        for i in range(height):
+        for i in counted(range(height), "sampling", "rows"):
             for depth, (layer, condition) in enumerate(zip(self.layers, vertical)):
                 v = layer.vertical(rows[depth][:, :, i:i + layer.reach + 1 - layer.masked])  # (B, 2 dim, 1, w)
                 v_to_h[depth].copy_(layer.vert_to_horiz(v))

@@ -53,7 +53,10 @@ def main():
     torch.manual_seed(args.seed)
     model_args = {"input_dim": first.K, "dim": args.hidden_size_prior, "n_layers": args.num_layers,
                   "n_classes": len(classes)}
-    model = GatedPixelCNN(**model_args).to(device, memory_format=torch.channels_last)
+    model = GatedPixelCNN(**model_args)
+    one = torch.zeros(1, dtype=torch.int64)
+    print(report.size_of(model, one.expand(1, *first.shape), one if classes else None))
+    model.to(device, memory_format=torch.channels_last)
     optimizer = adam(model.parameters(), args.lr)
 
     run = first_stage.open_run("prior", args, first, {
@@ -88,7 +91,7 @@ def main():
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)
-        run.log_validation(values, values, improved)
+        run.log_validation(values, values, improved, ("nats_per_latent",))
         if (epoch + 1) % args.sample_every == 0:
             images = draw_images(model, first, grid_labels(labels), args)
             run.log_picture("samples", report.image_rows(images.split(COLUMNS)))

@@ -60,6 +60,7 @@ def main():
     torch.manual_seed(args.seed)
     model = StackedVQVAE(**model_args)
     model.first.weight.data.copy_(embedded)
+    print(report.size_of(model, torch.zeros(1, *first.shape, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)))
     model.to(device, memory_format=torch.channels_last)
     splits = load_latents(args, first, source, "stacked")
     counts = count_images(splits)
@@ -109,7 +110,7 @@ def main():
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)
-        run.log_validation(values, values, improved)
+        run.log_validation(values, values, improved, ("nats_per_latent",))
 
     # The best epoch, once, on the test split.
     model.load_state_dict(checkpoint.load(run.models / "best.pt", "stacked")["model"])

@@ -74,7 +74,10 @@ def main():
     torch.manual_seed(args.seed)
     model_args = {"K": first.K, "context": args.context, "n_actions": len(actions), "dim": args.hidden_size_prior,
                   "n_layers": args.num_layers}
-    model = VideoPrior(**model_args).to(device, memory_format=torch.channels_last)
+    model = VideoPrior(**model_args)
+    one = torch.zeros(1, dtype=torch.int64)
+    print(report.size_of(model, one.expand(1, args.context + 1, *first.shape), one))
+    model.to(device, memory_format=torch.channels_last)
     optimizer = adam(model.parameters(), args.lr)
 
     run = first_stage.open_run("video", args, first, {
@@ -109,7 +112,7 @@ def main():
 
         values = measure(model, valid, first, autocast)
         improved = run.improved(values, "nats_per_latent", larger_is_better=False)
-        run.log_validation(values, values, improved)
+        run.log_validation(values, values, improved, ("nats_per_latent",))
 
     # The best epoch, once, on the test split.
     model.load_state_dict(checkpoint.load(run.models / "best.pt", "video")["model"])

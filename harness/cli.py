@@ -21,11 +21,20 @@ from harness.errors import UserError
 LARGEST = torch.finfo(torch.float32).max
 
 
+changed = {}  # {name: value} of this command line's flags that differ from their defaults
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and shows the default of every flag that has one."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, formatter_class=_Defaults, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, *args, **kwargs):
+        found = super().parse_known_args(*args, **kwargs)
+        changed.clear()
+        changed.update((name, value) for name, value in vars(found[0]).items() if value != self.get_default(name))
+        return found
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help shows all flags)\n")
@@ -130,8 +139,9 @@ def add_arguments(parser, output_folder, lr):
     group.add_argument("--compile", action="store_true", help="compile forward pass and loss, which takes a minute")
     group.add_argument("--no-graph", action="store_true", help="on a GPU, launch each kernel of a step by itself and "
                        "not the whole step as one CUDA graph")
-    group.add_argument("--log-every", type=positive_int, default=50, metavar="STEPS",
-                       help="steps from one training value of a curve to the next")
+    group.add_argument("--log-every", type=positive_int, metavar="STEPS",
+                       help="steps from one training value of a curve to the next (default 50, and fewer where a "
+                       "curve would have less than 20 points)")
 
 
 def run(main, many=True):

@@ -1,8 +1,12 @@
 """Whose folder a run may use: what is refused, what a run goes on from, and what keeps other processes out."""
 import fcntl
 import os
+import platform
+import subprocess
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from harness import checkpoint, distributed
 from harness.errors import UserError
@@ -82,6 +86,21 @@ def last_checkpoint(folder, kind, flags, may_change):
     if differ:
         raise UserError(f"{folder} was trained with {', '.join(differ)}: --resume needs the same flags")
     return contents
+
+
+def made_with():
+    """What a run depends on besides its flags: {"python", "torch": versions, "commit": of this project, None where
+    that is unknown; it ends in -dirty where files were changed since}.
+    """
+    project = Path(__file__).resolve().parent.parent
+    git = ["git", f"--git-dir={project / '.git'}", f"--work-tree={project}", "describe", "--always", "--dirty",
+           "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10,
+                                env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+        commit = None
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
 
 
 def plain(flags):

@@ -11,6 +11,7 @@ import torch
 
 from harness.decoding import HEIC_NEEDS, UNREAD, BrokenImage, OtherImage, decode, is_image, probe
 from harness.errors import UserError
+from harness.progress import Progress
 
 MANY_FILES = 1024  # from here on, decoding is worth several processes
 RUN_FOLDERS = ("models", "logs")  # in the working directory: where runs keep what they make
@@ -179,10 +180,12 @@ class ImageFiles(torch.utils.data.Dataset):
         """
         batch_size, kept = MANY_FILES // 8, []
         images = torch.empty(len(self), *self.size, self.channels, dtype=torch.uint8)
-        for number, (part, found) in enumerate(self.batches(_workers(self), batch_size=batch_size)):
-            if len(found):
-                images[len(kept):len(kept) + len(found)] = part
-            kept += (found + number * batch_size).tolist()
+        with Progress("reading", len(self)) as progress:
+            for number, (part, found) in enumerate(self.batches(_workers(self), batch_size=batch_size)):
+                if len(found):
+                    images[len(kept):len(kept) + len(found)] = part
+                kept += (found + number * batch_size).tolist()
+                progress.add(min(batch_size, len(self) - progress.done))
         if not kept:
             raise UserError(f"none of {len(self)} images decodes, the first is {self.paths[0]}")
         broken = [self.paths[i] for i in sorted(set(range(len(self))) - set(kept))]

@@ -38,6 +38,21 @@ def _cell(cell):
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell).replace("|", "\\|").replace("\n", " ")
 
 
+def size_of(model, *inputs):
+    """One line: the parameters of a model, and the multiply-adds of its forward pass on the inputs of one image.
+
+    Products of matrices and convolutions are counted, in eval mode; nothing of the model changes.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it takes long to import
+    was_training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(*inputs)
+    model.train(was_training)
+    count, products = sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() / 2e6
+    return (f"model: {count:,} parameters, {products:,.1f} million multiply-adds an image" if products >= 1 else
+            f"model: {count:,} parameters, {products:.2g} million multiply-adds an image")
+
+
 # --- pictures
 
 

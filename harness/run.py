@@ -9,17 +9,21 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from harness import checkpoint, curves, distributed, history
+from harness import checkpoint, cli, curves, distributed, history, progress
 from harness.errors import UserError
-from harness.folder import check_folder, last_checkpoint, lock, plain, run_folder
+from harness.folder import check_folder, last_checkpoint, lock, made_with, plain, run_folder
 from harness.schedule import lr_scale, update_of
 from harness.tally import Tally
 
 # All other flags define a run, except those that a script names.
 MAY_CHANGE_ON_RESUME = {"num_epochs", "minutes", "device", "resume", "overwrite", "log_every", "compile", "no_graph",
                         "lr", "precision"}
+# Flags that say nothing of what came out of a run: where it lies, and how it was computed.
+NO_HPARAMS = {"output_folder", "resume", "overwrite", "log_every", "device", "no_graph", "num_workers", "no_download"}
+LOG_EVERY, LEAST_POINTS = 50, 20  # steps from one point of a curve to the next; points of a run, however short
+FIRST = "1_"  # before a tag: TensorBoard sorts digits before letters
+SOON = 3.  # seconds until a training says how long it will take
 
 
 def peak_memory_mb(device):
@@ -53,8 +57,10 @@ class Run:
         self.see_curves = f"tensorboard --logdir {shlex.quote(str(self.logs))}"
         self.epoch = self.batch = self.step = 0
         self.seconds, self.best = 0., None  # seconds of training, without validation
-        self.signal = self._started = self._bar = self._lock = None
+        self.signal = self._started = self._bar = self._lock = self._pace = None
         self._tally, self._share, self._due = Tally(device), torch.ones((), device=device), True
+        self._log_due = self._foretold = False
+        self._length, self._points, self._value = 0, 0, ""  # batches of an epoch; see `_is_logged`; a loss, as text
 
         check_folder(self.models, kind, args.resume, args.overwrite, reads)
         distributed.barrier()  # all have looked before one writes
@@ -95,7 +101,7 @@ class Run:
         if self.resumed:
             history.take_back(self.models / "metrics.csv", self.epoch)
         else:
-            checkpoint.save_json(self.models / "args.json", vars(self.args))
+            checkpoint.save_json(self.models / "args.json", vars(self.args) | {"made_with": made_with()})
         return opened
 
     # --- the loop
@@ -112,21 +118,25 @@ class Run:
         self._logged = self.step  # of the last report: taken back, as is all from here on, where the run goes on
 
     def batches(self, loader):
-        """Batches of the current epoch still to do, with a progress bar on a terminal; stops on SIGINT and SIGTERM."""
+        """Batches of the current epoch still to do, and how far they are; stops on SIGINT and SIGTERM."""
         batches, size = len(loader), loader.sizes()[0]
+        if not self._pace:
+            self._announce(batches)
         self._started = time.perf_counter()
         self._tally.restart()
-        with tqdm(total=len(loader.labels), initial=self.batch * loader.batch_size, unit="img", leave=False,
-                  disable=True if distributed.rank() else None, desc=self._epoch_name()) as self._bar:
+        with progress.Progress(self._epoch_name(), len(loader.labels), "images",
+                               self.batch * loader.batch_size) as self._bar:
             for x, label in loader.epoch(self.epoch, self.batch):
                 of_update, self._due = update_of(self.batch, batches, self.args.accumulate)
                 # The processes' shares of a batch, whose gradients are averaged, may differ in size.
                 self._share.fill_(len(x) * distributed.world_size() / size / of_update)
                 self._tally.step.fill_(self.step)
-                self._logged = self.step
+                self._logged, self._log_due = self.step, self._is_logged(batches)
                 yield x, label
                 self.batch, self.step = self.batch + 1, self.step + 1
-                self._bar.update(loader.batch_size)
+                self._pace.step()
+                self._bar.add(loader.batch_size, ", ".join(filter(None, (self._value, self._time_left()))))
+                self._forecast()
                 if self._out_of_time():
                     break
                 if self._due and self.batch < batches:
@@ -165,10 +175,54 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
 
+    # --- how long it takes
+
+    def _announce(self, batches):
+        """Say how many updates of so many batches an epoch the training has, and warn where they are few."""
+        self._pace, self._length, accumulate = progress.Pace(time.perf_counter), batches, self.args.accumulate
+        updates, done = -(-batches // accumulate), self.step // accumulate
+        if self.args.minutes:
+            print(f"{updates} updates an epoch, for {self.args.minutes:g} minutes", flush=True)
+        else:
+            print(progress.plan(updates, self.args.num_epochs, done), flush=True)
+
+    def _forecast(self):
+        """Say once, as soon as it is known, how long the training will take."""
+        if self._foretold or self._pace.timed() < SOON:
+            return
+        self._foretold, accumulate = True, self.args.accumulate
+        each = self._pace.seconds() * accumulate
+        progress.say(f"{self._time_left() or 'nearly done'}, {each:.2g} s an update")
+        if self.args.minutes:
+            updates = self.step // accumulate + round(self._seconds_left() / each)
+            progress.say(progress.warning(updates, "a larger --minutes"))
+
+    def _seconds_left(self):
+        """Seconds to the end of the training, 0 until a few steps are timed."""
+        if self.args.minutes:
+            return max(0., 60 * self.args.minutes - self._elapsed())
+        steps = (self.args.num_epochs - self.epoch) * self._length - self.batch
+        return steps * (self._pace.seconds() or 0.)
+
+    def _time_left(self):
+        """"about 5 min to go"; empty where that is unknown, and at the end."""
+        seconds = self._seconds_left()
+        return f"about {progress.duration(seconds)} to go" if seconds else ""
+
     # --- curves
 
     def log_now(self):
-        return self.step % self.args.log_every == 0
+        """Whether the step at hand is one of those whose values go to the curves."""
+        return self._log_due
+
+    def _is_logged(self, batches):
+        """Every --log-every steps; without it every `LOG_EVERY`, and `LEAST_POINTS` times or more in the whole run."""
+        if self.args.log_every:
+            return self.step % self.args.log_every == 0
+        if not self.args.minutes:
+            return self.step % max(1, min(LOG_EVERY, self.args.num_epochs * batches // LEAST_POINTS)) == 0
+        before, self._points = self._points, int(LEAST_POINTS * self._time_share())
+        return self.step % LOG_EVERY == 0 or self._points > before
 
     def log(self, values):
         """Add scalars {tag: value}, means over all processes, to the curves; show the first with the progress bar."""
@@ -177,28 +231,28 @@ class Run:
                   for tag, value in values.items()}
         if self.curves:
             self.curves.scalars(values, self._logged)
-        if self._bar is not None:
-            tag, value = next(iter(values.items()))
-            self._bar.set_postfix({tag.rpartition("/")[2]: f"{value:.4g}"}, refresh=False)
+        tag, value = next(iter(values.items()))
+        self._value = f"{tag.rpartition('/')[2]} {value:.4g}"
 
     def log_picture(self, tag, picture):
         """Add a picture (C, H, W) in [0, 1] to the curves."""
         if self.curves:
             self.curves.image(tag, picture, self._logged)
 
-    def log_validation(self, values, shown, improved):
+    def log_validation(self, values, shown, improved, leading):
         """Add validation values {name: number} to the curves and to metrics.csv; print those whose names are `shown`.
 
-        metrics.csv also has the mean training losses of the epoch.
+        TensorBoard, which sorts by name, shows the `leading` ones first. metrics.csv also has the mean training losses
+        of the epoch.
         """
-        self.log({f"valid/{name}": value for name, value in values.items()})
+        self.log({f"{FIRST * (name in leading)}valid/{name}": value for name, value in values.items()})
         row = {"epoch": self.epoch + 1, "step": self.step}
         row |= {f"train/{name}": value for name, value in self._tally.means().items()}
         row |= {f"valid/{name}": value for name, value in values.items()}
         if not distributed.rank():
             history.add_row(self.models / "metrics.csv", row)
-        print("  ".join([self._epoch_name(), *(f"{name} {values[name]:.4g}" for name in shown), *["best"] * improved]),
-              flush=True)
+        print("  ".join([self._epoch_name(), *(f"{name} {values[name]:.4g}" for name in shown), *["best"] * improved,
+                         *filter(None, [self._time_left()])]), flush=True)
 
     # --- checkpoints and the end
 
@@ -240,7 +294,8 @@ class Run:
             results["peak_memory_mb"] = before.get("peak_memory_mb", results["peak_memory_mb"])
         checkpoint.save_json(self.models / "results.json", results)
         if self.curves:
-            self.curves.hparams(vars(self.args), {f"test/{name}": results[name] for name in shown}, self._logged)
+            self.curves.hparams({name: value for name, value in cli.changed.items() if name not in NO_HPARAMS},
+                                {f"test/{name}": results[name] for name in shown}, self._logged)
             self.curves.close()
         return results
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from harness.distributed import BatchNorm2d
 from harness.errors import UserError
+from harness.progress import counted
 from modules import GatedPixelCNN, Rebuilt
 from quantizers import QUANTIZERS
 
@@ -150,7 +151,7 @@ class VideoPrior(Rebuilt, nn.Module):
     def rollout(self, before, actions, temperature=1., top_k=None, generator=None):
         """Frames (B, T, h, w) that follow those before (B, context, h, w) under actions (B, T)."""
         frames = before
-        for action in actions.unbind(1):
+        for action in counted(actions.unbind(1), "generating", "frames"):
             condition = self.condition(frames[:, -self.context:], action)
             frame = self.pixelcnn.generate(None, frames.shape[2:], len(frames), temperature, top_k, generator,
                                            condition)

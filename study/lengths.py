@@ -11,7 +11,7 @@ PANELS = {"mean of judges ÷ the baseline's": MEAN_OF_JUDGES,
           "PSNR − the baseline's (dB)": "psnr - baseline",
           "gradient ratio − the baseline's": "gradient_ratio - baseline"}
 PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
-MAY_DIFFER = run.MAY_CHANGE_ON_RESUME | datasets.MAY_CHANGE_ON_RESUME | {"seed", "output_folder"}  # flags
+MAY_DIFFER = run.MAY_CHANGE_ON_RESUME | datasets.MAY_CHANGE_ON_RESUME | {"seed", "output_folder", "made_with"}
 
 
 def main():

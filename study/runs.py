@@ -14,6 +14,7 @@ from threading import Event
 
 from harness import checkpoint
 from harness.errors import UserError
+from harness.progress import duration
 from study import mixes
 
 HERE = Path(__file__).parent.parent
@@ -89,9 +90,9 @@ def in_turn(pool, jobs, done, runs, task):
                 seconds = future.result()
                 spent += [seconds] if seconds > 1 else []
                 left = len(runs) - number
-                hint = f", {_duration(statistics.mean(spent) * left / jobs)} to go" if spent and left else ""
+                hint = f", {duration(statistics.mean(spent) * left / jobs)} to go" if spent and left else ""
                 print(f"{done} {number}/{len(runs)}: {key[0]}, seed {key[1]} "
-                      f"({_duration(time.monotonic() - started)} so far{hint})", flush=True)
+                      f"({duration(time.monotonic() - started)} so far{hint})", flush=True)
         except BaseException as error:
             if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
                 print("stopped: what is trained is kept, the same command goes on", file=sys.stderr)
@@ -108,10 +109,6 @@ def _timed(function, *args):
     started = time.monotonic()
     function(*args)
     return time.monotonic() - started
-
-
-def _duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def checkpoints(run):

@@ -159,7 +159,7 @@ def draw_pareto(path, sweep, figures, judged):
     has a Fréchet distance, the first of `judged` stands for it.
     """
     distance = [key for key in judged if key.startswith("frechet_distance/")][:1] or judged[:1]
-    panels = [("gradient_ratio", "gradient ratio (1 is as sharp)", 1),
+    panels = [("gradient_ratio", "gradient ratio (1 is as sharp, above is noise)", 1),
               *((key, f"{key.replace('_', ' ')} (lower is better)", 0) for key in distance)]
     means = {name: {key: sweep.mean(figures, name, key) for key in ("psnr", "gradient_ratio", *distance)} | {
         "area": 60 * sweep.mean(figures, name, "ms_per_step") / sweep.mean(figures, sweep.baseline_of(name),

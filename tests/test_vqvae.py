@@ -77,9 +77,12 @@ def test_a_run_leaves_its_table_picture_curves_and_checkpoints(folder):
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert {"loss/train/reconstruction", "loss/train/quantization", "loss/test/reconstruction",
-            "loss/test/quantization", "loss/valid/reconstruction", "valid/psnr"} <= tags
+            "loss/test/quantization", "loss/valid/reconstruction", "valid/mse"} <= tags
     assert {f"term/{term}/{kind}" for term in ("mse", "ssim") for kind in ("raw", "weighted", "gradient_norm")} <= tags
-    assert set(events.Tags()["images"]) == {"original", "reconstruction"}
+    assert sorted(tags)[:3] == ["1_valid/gradient_ratio", "1_valid/psnr", "1_valid/ssim"]  # TensorBoard sorts so, too
+    assert set(events.Tags()["images"]) == {"original_above_reconstruction"}
+    picture = events.Images("original_above_reconstruction")[-1]
+    assert (picture.height, picture.width) == (2 * 100 + 4, 6 * 100 + 4)  # 6 of 16x16, each enlarged sixfold
     raw, weighted = (events.Scalars(f"term/ssim/{kind}")[-1].value for kind in ("raw", "weighted"))
     assert weighted == pytest.approx(0.5 * raw, rel=1e-5)
     best = weights(folder, "best.pt")

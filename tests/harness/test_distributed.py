@@ -135,7 +135,7 @@ def test_two_processes_train_as_one_on_batches_twice_as_large(folder):
     assert out.count("epoch 2/2") == 1  # one of them speaks
     code, _, err = call(folder, "vqvae.py", *SMALL, *flags, "--batch-size", "16", "--output-folder", "one")
     assert code == 0, err
-    for tag in ("loss/train/reconstruction", "loss/train/quantization", "valid/psnr", "term/ssim/weighted"):
+    for tag in ("loss/train/reconstruction", "loss/train/quantization", "1_valid/psnr", "term/ssim/weighted"):
         one, two = curve(folder, "one", tag), curve(folder, "two", tag)
         assert len(one) > 1 and [step for step, _ in one] == [step for step, _ in two]
         for (step, a), (_, b) in zip(one, two):

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from harness import checkpoint, cli, distributed
 from harness.curves import Curves
 from harness.errors import UserError
-from harness.folder import lock
+from harness.folder import lock, made_with
 from harness.run import Run
 from harness.schedule import lr_scale, update_of
 
@@ -184,7 +185,7 @@ def test_a_killed_and_resumed_run_shows_the_curves_of_one_that_was_not(folder):
                signal.SIGKILL)
     assert run(folder, "--num-epochs", "4", "--output-folder", "cut", "--resume")[0] == 0
     whole, cut = curves(folder, "whole"), curves(folder, "cut")
-    assert whole == cut and [step for step, _ in whole["valid/psnr"]] == [3, 7, 11, 15]
+    assert whole == cut and [step for step, _ in whole["1_valid/psnr"]] == [3, 7, 11, 15]
     assert [step for step, _ in whole["loss/train/reconstruction"]] == list(range(0, 16, 2))
 
 
@@ -198,8 +199,8 @@ def test_metrics_csv_has_a_row_an_epoch_as_the_curves_have_them(folder):
     assert run(folder, "--num-epochs", "3", "--log-every", "1", "--ssim-weight", "1")[0] == 0
     rows, shown = table(folder), curves(folder)
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 4), (2, 8), (3, 12)]
-    for tag in ("valid/psnr", "valid/loss", "valid/used_codes"):
-        assert [row[tag] for row in rows] == pytest.approx([value for _, value in shown[tag]])
+    for column, tag in (("valid/psnr", "1_valid/psnr"), *((name, name) for name in ("valid/loss", "valid/used_codes"))):
+        assert [row[column] for row in rows] == pytest.approx([value for _, value in shown[tag]])
     for column, tag in (("train/mse", "term/mse/raw"), ("train/ssim", "term/ssim/raw")):
         means = [sum(value for _, value in shown[tag][start:start + 4]) / 4 for start in (0, 4, 8)]
         assert [row[column] for row in rows] == pytest.approx(means)
@@ -239,6 +240,46 @@ def test_a_finished_run_keeps_the_memory_that_its_training_took(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"peak_memory_mb": 12345.6}))
     assert run(folder, "--num-epochs", "1", "--resume")[0] == 0
     assert json.loads(path.read_text())["peak_memory_mb"] == 12345.6
+
+
+def hparams(folder, name="vqvae"):
+    """{flag: value} of a run under HParams."""
+    found = EventAccumulator(str(folder / "logs" / name)).Reload()
+    kept = plugin_data_pb2.HParamsPluginData.FromString(
+        found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content).session_start_info.hparams
+    return {flag: value.string_value or value.number_value or value.bool_value for flag, value in kept.items()}
+
+
+def test_hparams_are_the_flags_that_differ_from_their_defaults(folder):
+    assert run(folder, "--num-epochs", "1", "--recipe", "tuned-mse", "--k", "512", "--output-folder", "a")[0] == 0
+    assert hparams(folder, "a") == {
+        "dataset": "folder", "data_folder": "images", "hidden_size": 4, "batch_size": 8, "precision": "fp32", "seed": 1,
+        "num_epochs": 1, "recipe": "tuned-mse", "lr": 2e-3, "lr_schedule": "cosine", "warmup_steps": 0.1, "beta": 0.1,
+        "codebook_decay": 0.97, "flip": True, "mse_weight": 20}
+
+
+@pytest.mark.parametrize("epochs, points", [(1, 4), (10, 20), (13, 26)])  # of 4 steps: every step, second, second
+def test_a_curve_has_20_points_however_short_the_run(folder, epochs, points):
+    code, _, err = call(folder, "vqvae.py", "--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size",
+                        "8", "--device", "cpu", "--num-epochs", epochs)
+    assert code == 0, err
+    assert len(curves(folder)["loss/train/reconstruction"]) == points
+
+
+def test_args_json_says_what_made_the_run_and_another_torch_goes_on(folder):
+    assert run(folder, "--num-epochs", "1")[0] == 0
+    path = folder / "models" / "vqvae" / "args.json"
+    args = json.loads(path.read_text())
+    made = args["made_with"]
+    assert made["torch"] == torch.__version__ and sys.version.startswith(made["python"])
+    assert made["commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", made["commit"])
+    path.write_text(json.dumps(args | {"made_with": {"torch": "1.0", "python": "3.6", "commit": None}}))
+    assert run(folder, "--num-epochs", "2", "--resume")[0] == 0
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert made_with()["commit"] is None
 
 
 def test_only_a_few_test_figures_are_shown(folder):

@@ -25,8 +25,8 @@ def compared(folder, name, epochs, values, losses=({"mse": 1.}, {"l1": 1.}), **f
 
 
 def test_a_plot_has_a_point_for_each_length(tmp_path, monkeypatch):
-    compared(tmp_path, "four/test", 4, [0.5, 0.6], lr=4e-3)
-    compared(tmp_path, "deep/twelve", 12, [0.75], lr=2e-3)
+    compared(tmp_path, "four/test", 4, [0.5, 0.6], lr=4e-3, made_with={"torch": "2.6"})
+    compared(tmp_path, "deep/twelve", 12, [0.75], lr=2e-3, made_with={"torch": "2.11"})
     drawn, real = [], report.draw_curves
     monkeypatch.setattr(report, "draw_curves", lambda *args, **how: drawn.append((args[2], how)) or real(*args, **how))
     code, out, err = call(tmp_path, "study/lengths.py", "deep/twelve", "models/four/test", "--output", "plot.png")
