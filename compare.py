@@ -19,6 +19,7 @@ from study.estimates import write_tables
 from study.judges import FEATURES, no_judge, open_judged
 from study.runs import Sweep, check, in_turn, train
 
+MOST_RUNS = 1000
 QUICK = ("--hidden-size", "64", "--num-epochs", "1")
 
 
@@ -42,8 +43,8 @@ def parse_args():
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
                         help=f"networks that judge, of {', '.join(FEATURES)} (default effnet-lite0)")
     parser.add_argument("--quick", action="store_true", help=f"train with {' '.join(QUICK)}, a first look")
-    parser.add_argument("--seeds", type=cli.positive_int, default=1, metavar="N", help="(default %(default)s)")
-    parser.add_argument("--jobs", type=cli.positive_int, default=1, metavar="N", help="runs at a time, "
+    parser.add_argument("--seeds", type=cli.at_most(MOST_RUNS), default=1, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--jobs", type=cli.at_most(cli.MOST_WORKERS), default=1, metavar="N", help="runs at a time, "
                         "sharing the cores (default %(default)s; 2 small models on 2 cores are faster than 1)")
     parser.add_argument("--vqgan-flags", type=shlex.split, default=[], metavar="FLAGS",
                         help='for vqgan.py alone, say "--minutes 5 --disc-start 0.8" (default none)')
@@ -151,9 +152,9 @@ def check_tables(path, names):
     if not path.exists():
         return
     with checkpoint.complete(path):
-        others = {run["loss"] for run in checkpoint.load_json(path)["runs"]} - set(names)
+        others = sorted({run["loss"] for run in checkpoint.load_json(path)["runs"]} - set(names))
     if others:
-        raise UserError(f"{path} is of a comparison that has {min(others)}: give another --output, or that mix too")
+        raise UserError(f"{path} is of a comparison that has {others[0]}: give another --output, or that mix too")
 
 
 if __name__ == "__main__":

@@ -5,17 +5,19 @@ To add a data set: write a function that returns its splits and give it a row in
 import argparse
 import hashlib
 import os
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from harness import cli, distributed
+from harness import checkpoint, cli, distributed
 from harness.batches import Batches
 from harness.errors import UserError
 from harness.images import ImageFiles, find_files, holds_image
-from readers import boxing, image_folders
+from readers import image_folders
+from readers.boxing import open_boxing
 from readers.image_folders import existing
 from readers.photos import photos
 from readers.splits import SPLITS, split_folders
@@ -28,11 +30,9 @@ CARVED = 0.1  # share of train that becomes a split the data set does not bring
 SPLIT_SEED = 0  # splits never depend on --seed
 
 
-# What is read of the checkpoint of a model: its data set, and the flags that say where that lies.
-FACTS = {"data": {"name": str, "channels": int, "size": list, "classes": list, "images": dict, "carved": str},
-         "args": {"data_folder": str, "skip_broken": bool}}
 BUILT_IN = "photos"  # the data set that reads no folder
 CROP_SCALE = 1.15  # of --random-crop alone
+SHOWN = 300  # characters of what differs
 
 
 def add_arguments(parser):
@@ -62,7 +62,7 @@ def add_folder_arguments(group):
     group.add_argument("--limit", type=cli.positive_int, metavar="N", help="use at most N images of each split, for a "
                        "quick look; evaluate.py and compare.py measure whole splits all the same")
     cores = (os.cpu_count() or 2) // distributed.local_world_size()
-    group.add_argument("--num-workers", type=cli.whole, default=max(1, cores - 1),
+    group.add_argument("--num-workers", type=cli.at_most(cli.MOST_WORKERS, 0), default=max(1, cores - 1),
                        help="processes that decode images where a data set streams from disk")
 
 
@@ -140,18 +140,34 @@ class Source:
     memory: float = None  # GB that decoded images may take; None: `IN_MEMORY_BYTES`
 
     @classmethod
-    def of(cls, checkpoint, folder=None, download=True):
-        """Where the images of a checkpoint's contents, which hold `FACTS`, came from, or the same in another folder."""
-        args, facts = checkpoint["args"], checkpoint["data"]
+    def of(cls, contents, folder=None, download=True):
+        """Where the images came from that a model was trained on, or the same in another folder.
+
+        Args:
+            contents: of its checkpoint, as `fields.VQVAE`.
+        Raises:
+            UserError: nothing says where they are.
+        """
+        facts, known = contents["data"], _folder_of(contents)
         _known(facts["name"])
         _refuse_folder(facts["name"], folder)
-        same = not folder or os.path.realpath(folder) == os.path.realpath(args["data_folder"])
-        return cls(folder or args["data_folder"], tuple(facts["size"]), download, args["skip_broken"],
+        if not (folder or known):
+            raise UserError(f"nothing next to {contents['path']} says where its images are: pass --data-folder")
+        same = not folder or known and os.path.realpath(folder) == os.path.realpath(known)
+        return cls(folder or known, tuple(facts["size"]), download, contents["args"]["skip_broken"],
                    channels=facts["channels"], carved=facts["carved"] if same else "")
 
     def train_size(self):
         """(H, W) to which training images are brought, of which `image_size` is cropped."""
         return self.image_size and tuple(round(side * self.crop_scale) for side in self.image_size)
+
+
+def _folder_of(contents):
+    """The folder of the images of a checkpoint, None where nothing says so: best.pt leaves that to args.json."""
+    args, path = contents["args"], contents.get("path")
+    if path and "data_folder" not in args and Path(path).with_name("args.json").exists():
+        args = checkpoint.load_json(Path(path).with_name("args.json"), {"data_folder": str})
+    return args.get("data_folder")
 
 
 @dataclass
@@ -338,14 +354,16 @@ def _in_memory(splits):
 
 # --- what a trained model asks of the data that it meets again
 
-def check_counts(path, known, now):
-    """UserError where a run, of which a checkpoint lies at `path`, was trained on another number of images.
+def check_same(path, known, now):
+    """UserError where a run, of which a checkpoint lies at `path`, was trained on other images than there are now.
 
-    known, now: images by split.
+    known, now: `Data.facts`, or some of them.
     """
-    if known != now:
-        raise UserError(f"{path} was trained on other images ({known}) than there are now ({now}): put them back as "
-                        "they were, or train anew (--overwrite)")
+    differ = [f"{name} {known[name]} (now {now[name]})" for name in now
+              if name != "carved" and known[name] != now[name]]
+    if differ:
+        raise UserError(f"{path} was trained on other images: {textwrap.shorten('; '.join(differ), SHOWN)}: put them "
+                        "back as they were, or train anew (--overwrite)")
 
 
 def check_alike(models):
@@ -368,19 +386,7 @@ def held_out(models, folder):
     return next(filter(None, carved), "")
 
 
-# --- Atari frames
-
-def _boxing(source):
-    splits = {}
-    for split, (frames, clips) in boxing.load(source.folder, source.limit).items():
-        label = torch.zeros(len(frames), 1, dtype=torch.int64)
-        splits[split] = (frames, torch.cat([label, clips], 1) if source.in_order else label[:, 0])
-    return splits, []
-
-
-_boxing.actions, _boxing.version = boxing.ACTIONS, boxing.VERSION
-_boxing.is_in = lambda root: (root / boxing.MARK).exists()
-
+# --- the table
 
 DATASETS = {
     "photos": photos,
@@ -389,6 +395,6 @@ DATASETS = {
     "cifar10": torchvision_set("CIFAR10", "cifar-10-batches-py"),
     "imagenette": imagenette,
     "miniimagenet": image_folders.miniimagenet,
-    "boxing": _boxing,
+    "boxing": open_boxing,
     "folder": image_folders.image_folder,
 }

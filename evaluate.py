@@ -5,7 +5,7 @@ import torch
 
 import datasets
 import metrics
-from harness import checkpoint, cli, report
+from harness import checkpoint, cli, fields, report
 from harness.device import pick_device
 from harness.errors import UserError
 from harness.folder import holds_run
@@ -17,7 +17,6 @@ from study.judges import FEATURES, OWN_JUDGE, Judge, no_judge, open_judged, open
 from study.tables import JUDGES_SAY, judged_keys, mark, mean_ratio
 
 PICTURES = 10
-COUNTERS = {"counters": {"epoch": int, "step": int}}  # what is read of a checkpoint, with `datasets.FACTS`
 
 
 def parse_args():
@@ -36,15 +35,16 @@ def parse_args():
     group.add_argument("--no-features", action="store_true", help="leave these distances out")
     parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="images at a time (default "
                         "%(default)s)")
-    parser.add_argument("--num-workers", type=cli.whole, default=1, help="processes that decode images where a data "
-                        "set streams from disk (default %(default)s)")
+    parser.add_argument("--num-workers", type=cli.at_most(cli.MOST_WORKERS, 0), default=1, help="processes that "
+                        "decode images where a data set streams from disk (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
     parser.add_argument("--output", type=cli.path, default="evaluation", metavar="FOLDER",
                         help="where results.json and models.png go (default %(default)s)")
     group = parser.add_argument_group("a prior instead", "does it draw the class it is asked for, and how far from "
                                       "real test images? A classifier trained on these judges")
     group.add_argument("--prior", type=cli.path, metavar="RUN", help="run of pixelcnn_prior.py")
-    group.add_argument("--samples", type=cli.positive_int, default=100, help="a class (default %(default)s)")
+    group.add_argument("--samples", type=cli.at_most(fields.MOST_SAMPLES), default=100,
+                       help="a class (default %(default)s)")
     add_drawing_arguments(group)
     group.add_argument("--seed", type=cli.whole, default=0, help="of the draws (default %(default)s)")
     args = parser.parse_args()
@@ -70,7 +70,7 @@ def evaluate_models(args, device):
     """Measure the models on one split, each against the baseline, which is the first of them."""
     folder = checked_output(Path(args.output))
     paths = [args.baseline, *args.model] if args.baseline else args.model
-    checkpoints = {path: checkpoint.load(path, "vqvae", datasets.FACTS | COUNTERS)
+    checkpoints = {path: checkpoint.load(path, "vqvae", fields.VQVAE)
                    for path in map(str, map(checkpoint.resolve, paths))}
     check_one_kind(checkpoints)
     names, (first, *others) = short_names(list(checkpoints)), checkpoints
@@ -139,14 +139,13 @@ def short_names(paths):
 def training_of(path, contents):
     """How far a run was trained, and at what cost: from its results.json or, where it is not finished, its last.pt."""
     results, last = (Path(path).with_name(name) for name in ("results.json", "last.pt"))
-    recorded = checkpoint.load_json(results) if results.exists() else {}
+    recorded = checkpoint.load_json(results, fields.RESULTS) if results.exists() else {}
     counters = contents["counters"] | {"epoch": contents["counters"]["epoch"] + 1}  # a best.pt is kept within its epoch
-    with checkpoint.complete(results):
-        finished = bool(recorded) and recorded["steps"] >= counters["step"]  # and not trained on since
-        if finished:
-            counters = {"epoch": recorded["epochs"], "step": recorded["steps"]}
-        elif last.exists():
-            counters = checkpoint.load(last, "vqvae", COUNTERS)["counters"]
+    finished = bool(recorded) and recorded["steps"] >= counters["step"]  # and not trained on since
+    if finished:
+        counters = {"epoch": recorded["epochs"], "step": recorded["steps"]}
+    elif last.exists():
+        counters = checkpoint.load(last, "vqvae", fields.STEP)["counters"]
     return {"epochs": counters["epoch"], "steps": counters["step"], "finished": finished,
             "asked_epochs": contents["args"].get("num_epochs"),
             **{name: recorded.get(name, float("nan")) for name in ("ms_per_step", "peak_memory_mb")}}
@@ -247,9 +246,10 @@ def against_cell(figures, key, kind, judged):
 def evaluate_prior(args, device):
     """Agreement of a classifier of real images with the class asked for, and Fréchet distance: of reconstructions and
     of samples."""
-    codes_of = {"vqvae": {"path": str, "digest": str}}
-    path = args.model[0] if args.model else checkpoint.load(args.prior, "prior", codes_of)["vqvae"]["path"]
-    ckpt, prior_ckpt = checkpoint.load(path, "vqvae", datasets.FACTS), checkpoint.load(args.prior, "prior", codes_of)
+    path = args.model[0] if args.model else checkpoint.load(args.prior, "prior", fields.PRIOR)["vqvae"]["path"]
+    if not (args.model or Path(path).exists()):
+        raise UserError(f"{args.prior} draws the codes of {path}, which is not there: pass --model, where it is now")
+    ckpt, prior_ckpt = checkpoint.load(path, "vqvae", fields.VQVAE), checkpoint.load(args.prior, "prior", fields.PRIOR)
     classes = ckpt["data"]["classes"]
     if not classes:
         raise UserError(f"{path} was trained on a data set without classes: there is nothing to agree on")

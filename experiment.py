@@ -8,8 +8,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import datasets
 import metrics
-from datasets import check_alike, check_counts
-from harness import checkpoint, cli, distributed
+from datasets import check_alike, check_same
+from harness import checkpoint, cli, distributed, fields
 from harness.device import adam, pick_precision
 from harness.errors import UserError
 from harness.folder import check_data, check_folder, run_folder
@@ -69,8 +69,9 @@ def add_arguments(parser, output_folder):
     group.add_argument("--k", type=cli.positive_int, default=512, help="number of codes")
     group.add_argument("--downsample", type=int, choices=(4, 8, 16), default=4, help="pixels of an image for a "
                        "latent, along each side; the published model has 4")
-    group.add_argument("--fine-blocks", type=cli.whole, default=0, metavar="N", help="residual blocks of the decoder "
-                       "at each scale between latents and image; the published model has none")
+    group.add_argument("--fine-blocks", type=cli.at_most(fields.MOST_BLOCKS, 0), default=0, metavar="N",
+                       help="residual blocks of the decoder at each scale between latents and image; the published "
+                       "model has none")
     group.add_argument("--beta", type=cli.not_negative, default=1.0, help="weight of the commitment loss")
     group.add_argument("--quantizer", choices=QUANTIZERS, default="ema", help="how encoder outputs become codes: "
                        "ema learns its codebook by moving averages, gradient by gradient descent, cosine compares "
@@ -127,7 +128,7 @@ def load_data(args, device):
     source = datasets.source_of(args)
     last = run_folder("models", args.output_folder) / "last.pt"
     if args.resume and last.exists():
-        facts = checkpoint.load(last, "vqvae", datasets.FACTS)["data"]
+        facts = checkpoint.load(last, "vqvae", fields.VQVAE)["data"]
         source = replace(source, carved=facts["carved"] if facts["name"] == args.dataset else "")
     with distributed.rank_0_first():
         data = datasets.load(args.dataset, source, args.batch_size, device, args.flip, args.seed, args.num_workers)
@@ -147,7 +148,7 @@ def build_model(args, data):
     if model.codebook.extra_repr():
         print(f"--quantizer {args.quantizer} --k {args.k}: {model.codebook.extra_repr()}")
     if args.frozen_codebook:
-        frozen = checkpoint.load(args.frozen_codebook, "vqvae", datasets.FACTS)
+        frozen = checkpoint.load(args.frozen_codebook, "vqvae", fields.VQVAE)
         check_alike({args.frozen_codebook: frozen, "this model": {"data": data.facts()}})
         model.freeze_codes(frozen)
     return model
@@ -183,10 +184,13 @@ def facts_of(args, data, model, criterion):
 
 def open_run(args, device, data, state):
     """The run of a VQ-VAE whose checkpoints hold `state`, new or resumed. UserError as `Run`, or on other images."""
-    run = Run("vqvae", args, device, state, datasets.MAY_CHANGE_ON_RESUME | {"recipe"}, [args.frozen_codebook])
-    if run.resumed:
-        check_counts(run.resumed["path"], run.resumed["data"]["images"], data.facts()["images"])
-    return run
+
+    def check(contents):
+        checkpoint.check(contents, [fields.RUN, fields.VQVAE])
+        check_same(contents["path"], contents["data"], data.facts())
+
+    return Run("vqvae", args, device, state, datasets.MAY_CHANGE_ON_RESUME | {"recipe"}, [args.frozen_codebook],
+               check)
 
 
 # --- validation and the report
@@ -194,7 +198,7 @@ def open_run(args, device, data, state):
 def validate(run, model, data, criterion, autocast, monitor):
     """Measure the validation split, the same metrics whatever is trained; keep the best epoch."""
     values = measure(model, data.valid, criterion, autocast)[1]
-    improved = run.improved(values | {"last": run.step}, monitor, MONITORS[monitor], model=model)
+    improved = run.improved(values | {"last": run.step}, monitor, MONITORS[monitor])
     x = data.valid.examples(PICTURES)
     run.log({"loss/valid/reconstruction": values["loss"], "loss/valid/quantization": values["quantization"]})
     pairs = zip(metrics.as_8bit(x).split(COLUMNS), reconstruct(model, x).split(COLUMNS))

@@ -5,10 +5,11 @@ from torch import nn
 
 from harness import checkpoint
 from harness.batches import send
-from harness.checkpoint import complete
+from harness.checkpoint import check, complete
 from harness.device import one_step
 from harness.distributed import BatchNorm2d
 from harness.errors import UserError
+from harness.fields import MODEL_ARGS
 from harness.progress import counted
 from quantizers import QUANTIZERS, VQEmbedding  # noqa: F401 (VQEmbedding is looked for here)
 
@@ -31,8 +32,14 @@ class Rebuilt:
         """
         path = checkpoint.get("path", "the checkpoint")
         with complete(path):
-            model = cls(**checkpoint["model_args"])
-            model.load_state_dict(checkpoint["model"])
+            args, weights, right = checkpoint["model_args"], checkpoint["model"], MODEL_ARGS.get(cls.__name__, {})
+            check(args, {name: right[name] for name in right if name in args}, "model_args")
+            with torch.device("meta"):  # which builds nothing: other arguments than the weights' may ask for any memory
+                for name, value in cls(**args).state_dict().items():
+                    if name in weights and weights[name].shape != value.shape:
+                        raise TypeError(f"its {name} is {tuple(weights[name].shape)}, not {tuple(value.shape)}")
+            model = cls(**args)
+            model.load_state_dict(weights)
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise UserError(f"{path} holds weights that are not finite: its training diverged, train again with a "
                             "lower --lr")

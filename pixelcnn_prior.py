@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from harness import checkpoint, cli, distributed, report
+from harness import checkpoint, cli, distributed, fields, report
 from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
 from harness.folder import run_folder
@@ -20,10 +20,10 @@ def parse_args():
     first_stage.add_arguments(parser)
     group = parser.add_argument_group("prior")
     group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="width of every layer")
-    group.add_argument("--num-layers", type=cli.positive_int, default=15, help="number of layers")
+    group.add_argument("--num-layers", type=cli.at_most(fields.MOST_LAYERS), default=15, help="number of layers")
     cli.add_arguments(parser, output_folder="prior", lr=3e-4)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sample", type=cli.positive_int, metavar="N",
+    group.add_argument("--sample", type=cli.at_most(fields.MOST_SAMPLES), metavar="N",
                        help="draw N images from the prior in the output folder, as it was trained, and train nothing")
     group.add_argument("--label", metavar="CLASS", help="name of the images' class, or its number where no class has "
                        "that name (default all in turn)")

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import metrics
-from harness import checkpoint, cli, report
+from harness import cli, report
 from harness.decoding import BrokenImage, decode
 from harness.device import pick_device
 from harness.errors import UserError
 from harness.images import find_images
-from modules import VectorQuantizedVAE
+from modules import load
 from terms.images import LUMA
 
 
@@ -34,13 +34,12 @@ def parse_args():
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    ckpt = checkpoint.load(args.model, "vqvae", {"data": {"channels": int}})
-    model = VectorQuantizedVAE.rebuild(ckpt).to(device, memory_format=torch.channels_last)
+    model = load(args.model).to(device, memory_format=torch.channels_last)
     sources = name_targets(list_sources(args.images), Path(args.output), args.overwrite)
     whole = [pair for pair in sources if decodes(pair[0], args.skip_broken)]  # before one is written
     rows = []
     for path, target in whole:
-        image = open_image(path, ckpt["data"]["channels"])
+        image = open_image(path, model.input_dim)
         x_tilde = metrics.as_8bit(reconstruct(model, image.to(device), args.tile)).cpu()
         x = metrics.as_8bit(image)
         target.parent.mkdir(parents=True, exist_ok=True)

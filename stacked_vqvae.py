@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from harness import checkpoint, cli, distributed, report
+from harness import checkpoint, cli, distributed, fields, report
 from harness.batches import send
 from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
@@ -24,10 +24,10 @@ def parse_args():
     parser = cli.Parser(description=__doc__)
     first_stage.add_arguments(parser)
     group = parser.add_argument_group("second stage")
-    group.add_argument("--codes", type=cli.positive_int, default=3, metavar="N",
+    group.add_argument("--codes", type=cli.at_most(fields.MOST_CODES), default=3, metavar="N",
                        help=f"codes that stand for an image, each with a codebook of its own of {CODES}")
     group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="width of every layer")
-    group.add_argument("--num-layers", type=cli.positive_int, default=4, help="layers of the PixelCNN")
+    group.add_argument("--num-layers", type=cli.at_most(fields.MOST_LAYERS), default=4, help="layers of the PixelCNN")
     group.add_argument("--beta", type=cli.not_negative, default=0.25, help="weight of the commitment loss")
     group.add_argument("--alone-weight", type=cli.not_negative, default=1., metavar="W", help="weight of the latents' "
                        "cross-entropy given the codes alone, which keeps the codes in use")
@@ -35,9 +35,9 @@ def parse_args():
                        "images that the PixelCNN sees without codes, which shows what the codes carry")
     cli.add_arguments(parser, output_folder="stacked", lr=1e-3)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sample", type=cli.positive_int, metavar="N",
+    group.add_argument("--sample", type=cli.at_most(fields.MOST_SAMPLES), metavar="N",
                        help="draw N images with the model in the output folder, as it was trained, and train nothing")
-    group.add_argument("--draws", type=cli.positive_int, default=3, metavar="N",
+    group.add_argument("--draws", type=cli.at_most(fields.MOST_DRAWS), default=3, metavar="N",
                        help="draws of each image from its codes")
     first_stage.add_drawing_arguments(group)
     return parser.parse_args()

@@ -8,7 +8,7 @@ from PIL import Image
 
 import datasets
 from datasets import SPLITS
-from harness import checkpoint, cli, distributed, report
+from harness import checkpoint, cli, distributed, fields, report
 from harness.batches import send
 from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
@@ -20,30 +20,30 @@ from priors.networks import VideoPrior
 MAY_CHANGE_ON_RESUME = {"rollout", "action", "starts", "temperature", "top_k", "fps"}
 RECORDED = "recorded"
 STRIP = 8  # frames of a film strip
-MOST_CONTEXT, MOST_FPS, GIF_SIDE = 32, 50, 65535  # frames whose windows fit into memory; of GIF files
+MOST_FPS, GIF_SIDE = 50, 65535  # of GIF files
 
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
     first_stage.add_arguments(parser)
     group = parser.add_argument_group("prior")
-    group.add_argument("--context", type=cli.positive_int, default=2, metavar="K",
-                       help=f"frames that the next one depends on, at most {MOST_CONTEXT}")
+    group.add_argument("--context", type=cli.at_most(fields.MOST_CONTEXT), default=2, metavar="K",
+                       help=f"frames that the next one depends on, at most {fields.MOST_CONTEXT}")
     group.add_argument("--hidden-size-prior", type=cli.positive_int, default=64, help="width of every layer")
-    group.add_argument("--num-layers", type=cli.positive_int, default=4, help="layers of the PixelCNN")
+    group.add_argument("--num-layers", type=cli.at_most(fields.MOST_LAYERS), default=4, help="layers of the PixelCNN")
     group.add_argument("--noise", type=cli.share, default=0.1, metavar="SHARE", help="largest share of the codes of "
                        "earlier frames that training replaces by others of their frame, so that errors of a rollout do "
                        "not grow")
     cli.add_arguments(parser, output_folder="video", lr=1e-3)
     group = parser.add_argument_group("generation")
-    group.add_argument("--rollout", type=cli.positive_int, metavar="T",
+    group.add_argument("--rollout", type=cli.at_most(fields.MOST_FRAMES), metavar="T",
                        help="generate T frames with the prior in the output folder, as it was trained, and train "
                        "nothing")
     group.add_argument("--action", default=RECORDED, help="action of every frame: a name, several in a row such as "
                        "right,right,left, or recorded, those of the test split")
-    group.add_argument("--starts", type=cli.positive_int, default=4, metavar="N",
+    group.add_argument("--starts", type=cli.at_most(fields.MOST_SAMPLES), default=4, metavar="N",
                        help="places in the test split to start from")
-    group.add_argument("--fps", type=cli.positive_int, default=30,
+    group.add_argument("--fps", type=cli.at_most(MOST_FPS), default=30,
                        help=f"frames per second of the GIF, at most {MOST_FPS}; rounded, as a frame lasts whole "
                        "hundredths of a second")
     first_stage.add_drawing_arguments(group)
@@ -57,9 +57,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    for flag, value, most in (("--context", args.context, MOST_CONTEXT), ("--fps", args.fps, MOST_FPS)):
-        if value > most:
-            raise UserError(f"{flag} {value} is too many: pass at most {most}")
     device = pick_device(args.device)
     first = first_stage.FirstStage(args.model, device)
     args, source = first_stage.settle(args, first, in_order=True)

@@ -16,6 +16,7 @@ from study.judges import FEATURES, PERCEPTUAL
 
 DISCRIMINATOR_BETAS = (0.5, 0.9)
 LARGEST_WEIGHT = 1e4  # of the adversarial loss
+MOST_HALVINGS = 16
 EPS = 1e-4  # keeps the adaptive weight finite where the adversarial gradient vanishes
 
 
@@ -28,7 +29,7 @@ def parse_args():
     group.add_argument("--disc-start", type=cli.steps_or_share, default=0.5, metavar="N", help="step at which the "
                        "discriminator starts; below 1, a share of the training")
     group.add_argument("--disc-hidden-size", type=cli.positive_int, default=64, help="width of the discriminator")
-    group.add_argument("--disc-layers", type=cli.positive_int, default=2,
+    group.add_argument("--disc-layers", type=cli.at_most(MOST_HALVINGS), default=2,
                        help="halvings of the image by the discriminator; 2 suits 32x32, the paper has 3")
     group.add_argument("--disc-lr", type=cli.positive, help="learning rate of the discriminator (default --lr)")
     group.add_argument("--perceptual-weight", type=cli.not_negative, default=0., metavar="W",

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import reprlib
 import struct
 import zipfile
 import zlib
@@ -89,8 +90,8 @@ def load(path, kind, facts=None, remedy=None):
     """Load a checkpoint of `kind` to the CPU, executing nothing that is in it; `path` is as `resolve` takes it.
 
     Args:
-        facts: {name: type, or a dict of such} of what the caller reads. remedy: what to do where it is damaged (by
-            default, use another).
+        facts: what `check` demands of what the caller reads. remedy: what to do where it is damaged (by default, use
+            another).
     Returns:
         what `save` was given, and its "path".
     Raises:
@@ -110,21 +111,30 @@ def load(path, kind, facts=None, remedy=None):
     if not isinstance(contents, dict) or contents.get("kind") != kind:
         held = contents.get("kind") if isinstance(contents, dict) else None
         raise UserError(f"{path} is a checkpoint of {f'a {held}' if held else 'something else'}, not of a {kind}")
-    if not isinstance(contents.get("format"), int) or contents["format"] > FORMAT:
+    if type(contents.get("format")) is not int or not 1 <= contents["format"] <= FORMAT:
         raise UserError(f"{path} has format {contents.get('format')}, this program reads up to {FORMAT}: use the "
                         "version that wrote it, or a newer one")
     with complete(path):
-        _check(contents, facts or {})
+        check(contents, facts or {})
     return contents | {"path": str(path)}
 
 
-def _check(contents, facts):
-    """KeyError or TypeError where contents lack some of the facts."""
-    for name, kind in facts.items():
-        if isinstance(kind, dict):
-            _check(contents[name], kind)
-        elif not isinstance(contents[name], kind):
-            raise TypeError(f"its {name} is a {type(contents[name]).__name__}")
+def check(value, right, name="content"):
+    """TypeError where a value that was read, called `name`, is not as it must be.
+
+    right: its type; a function that says whether it is right; {name: such} of what is in it; a list of all these.
+    """
+    if isinstance(right, dict):
+        check(value, dict, name)
+        for inner, of_inner in right.items():
+            if inner not in value:
+                raise TypeError(f"its {name} has no {inner}")
+            check(value[inner], of_inner, inner)
+    elif isinstance(right, list):
+        for one in right:
+            check(value, one, name)
+    elif not (isinstance(value, right) if isinstance(right, type) else right(value)):
+        raise TypeError(f"its {name} is {reprlib.repr(value)}")
 
 
 def _read(file):
@@ -176,13 +186,14 @@ def save_json(path, values):
     write_atomic(path, (json.dumps(values, indent=2, default=str) + "\n").encode())
 
 
-def load_json(path, kind=dict):
-    """Read a JSON file that holds a `kind`. UserError where it is damaged or holds anything else."""
+def load_json(path, right=dict):
+    """Read a JSON file. UserError where it is damaged or is not as `check` demands."""
     try:
         values = json.loads(Path(path).read_text())
-        if not isinstance(values, kind):
+        if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
-    except ValueError as error:
+        check(values, right)
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run again") from error
     return values
 

@@ -4,7 +4,6 @@ Errors a user can mend are UserError or OSError; `run` prints them as one line.
 """
 import argparse
 import math
-import os
 import sys
 from concurrent.futures import BrokenExecutor
 from functools import partial
@@ -12,13 +11,15 @@ from pathlib import Path
 
 import torch
 
-from harness import checkpoint, distributed
+from harness import checkpoint, distributed, streams
 from harness.device import keep_freed_memory
 from harness.errors import UserError
 
 # --- flags
 
 LARGEST = torch.finfo(torch.float32).max
+LARGEST_WHOLE = 2 ** 63 - 1
+MOST_PIXELS, MOST_WORKERS = 2 ** 14, 1024  # of a side of an image; processes
 
 
 changed = {}  # {name: value} of this command line's flags that differ from their defaults
@@ -64,10 +65,16 @@ def path(text):
     return text
 
 
-def whole(text, low=0):
-    if not text.isdecimal() or not low <= int(text) < 2 ** 63:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low} and below 2^63, got {text}")
+def whole(text, low=0, high=LARGEST_WHOLE):
+    if not (text.isdecimal() and len(text) < 100 and low <= int(text) <= high):
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to "
+                                         f"{'2^63 - 1' if high == LARGEST_WHOLE else high}, got {text}")
     return int(text)
+
+
+def at_most(high, low=1):
+    """The type of a flag that is a whole number within a range."""
+    return partial(whole, low=low, high=high)
 
 
 positive_int = partial(whole, low=1)
@@ -103,8 +110,9 @@ def steps_or_share(text):
 def image_size(text):
     """"64" or "48x64" (height x width) -> (H, W)."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise argparse.ArgumentTypeError(f"must be N or HxW in pixels, got {text}")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 10 and 0 < int(side) <= MOST_PIXELS
+                                 for side in sides):
+        raise argparse.ArgumentTypeError(f"must be N or HxW in pixels, at most {MOST_PIXELS}, got {text}")
     return int(sides[0]), int(sides[-1])
 
 
@@ -150,13 +158,19 @@ def run(main, many=True):
     What a user can mend is one line on stderr and exit status 2.
     """
     keep_freed_memory()
+    with streams.lasting():
+        _run(main, many)
+
+
+def _run(main, many):
     try:
-        if not many and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not many and distributed.asked() > 1:
             raise UserError("this script is one process: start it with python, not with torchrun")
         distributed.start()
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not text
         main()
+        streams.check()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         if distributed.is_failure(error):
@@ -181,6 +195,8 @@ def run(main, many=True):
 
 def _is_lack_of_memory(error):
     """Whether an error says that the GPU or the machine has no room for a tensor, or that no machine has."""
+    if isinstance(error, UserError):  # which may quote such an error of something else
+        return False
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed",
                                           "integer multiplication overflow"))

@@ -14,11 +14,35 @@ from torch import nn
 from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.errors import UserError
+
+
+def asked():
+    """Number of processes that the environment says there are, 1 where it says nothing. UserError as `_number`."""
+    return _number("WORLD_SIZE", 1, low=1)
+
+
+def _number(name, default, low=0):
+    """A whole number of the environment. UserError where it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < low:
+        raise UserError(f"the environment variable {name} is {text!r}, which is no number of processes: start many "
+                        "with torchrun, or unset it")
+    return int(text)
+
 
 def start():
-    """Join the processes that torchrun started, if it did; all but rank 0 print nothing from here on."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    """Join the processes that torchrun started, if it did; all but rank 0 print nothing from here on.
+
+    Raises:
+        UserError: the environment names other processes, but not as torchrun does.
+    """
+    if asked() > 1 and not dist.is_initialized():
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        except ValueError as error:
+            raise UserError(f"WORLD_SIZE is {asked()}, but these processes cannot meet ({error}): start them with "
+                            "torchrun, or unset it") from error
         # A compiler leaves the exchange itself alone: what it makes of one in place is not awaited.
         for name, function in vars(_exchange).items():
             setattr(_exchange, name, torch.compiler.disable(function))
@@ -41,12 +65,12 @@ def world_size():
 
 def local_rank():
     """Number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
+    return _number("LOCAL_RANK", 0) if dist.is_initialized() else 0
 
 
 def local_world_size():
     """Number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+    return _number("LOCAL_WORLD_SIZE", 1, low=1) if dist.is_initialized() else 1
 
 
 def barrier():

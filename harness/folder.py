@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
-from harness import checkpoint, distributed
+from harness import checkpoint, cli, distributed
 from harness.errors import UserError
 from harness.images import RUN_FOLDERS
+
+WHERE = ("data_folder",)  # flags that say where the data of a run are, which is nobody's business but its own
 
 
 def run_folder(parent, name):
@@ -79,12 +81,16 @@ def last_checkpoint(folder, kind, flags, may_change):
         before = contents["args"]
         if contents["counters"]["world"] != distributed.world_size():
             may_change = may_change | {"batch_size"}
-    now = plain(flags)
+    now, may_change = plain(flags), may_change | {"output_folder"}  # the folder may have another name by now
     differ = [f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})"
               for name in sorted(before.keys() | now.keys())
-              if name not in may_change and before.get(name) != now.get(name)]
+              if name not in may_change and before.get(name) != now.get(name)
+              and (name in before or name in cli.changed)]  # a flag that was added since, at its default
     if differ:
         raise UserError(f"{folder} was trained with {', '.join(differ)}: --resume needs the same flags")
+    if before["output_folder"] != now["output_folder"]:
+        print(f"{folder} was {run_folder('models', before['output_folder'])} before: its curves so far stay in "
+              f"{run_folder('logs', before['output_folder'])}")
     return contents
 
 
@@ -101,6 +107,42 @@ def made_with():
     except (OSError, subprocess.SubprocessError):  # no git, or no repository
         commit = None
     return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+
+
+def lost_best(folder, last):
+    """What has become of the best.pt of a run; None where it is as it was, or none was kept yet.
+
+    last: contents of its last.pt.
+    Raises:
+        UserError: it is there, but of another run or of another epoch than the best one of the run.
+    """
+    path = folder / "best.pt"
+    if last["best"] is None:
+        return None
+    if not path.exists():
+        return "is gone"
+    try:
+        best = checkpoint.load(path, last["kind"])
+    except UserError:
+        return "is damaged"
+    with checkpoint.complete(path):
+        ahead = best["counters"]["step"] > last["counters"]["step"]  # of a run that was killed before it saved last.pt
+        same = best.get("run") == last.get("run") and (ahead or best["best"] == last["best"])
+    if not same:
+        raise UserError(f"{path} is not the one that {folder / 'last.pt'} goes with, but of another run or epoch: put "
+                        "its own back, or delete it")
+    return None
+
+
+def shared(args, command):
+    """Flags and command line of a run without those that say where its data are: what best.pt has, which is shared."""
+    flags, kept, words = [f"--{name.replace('_', '-')}" for name in WHERE], [], iter(command)
+    for word in words:
+        if word in flags:
+            next(words, None)
+        elif word.partition("=")[0] not in flags:
+            kept.append(word)
+    return {name: value for name, value in args.items() if name not in WHERE}, kept
 
 
 def plain(flags):

@@ -35,7 +35,11 @@ def _table(cells, widths):
 
 
 def _cell(cell):
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell).replace("|", "\\|").replace("\n", " ")
+    return f"{cell:.4g}" if isinstance(cell, float) else _one_line(str(cell)).replace("|", "\\|")
+
+
+def _one_line(text):
+    return " ".join(text.splitlines())
 
 
 def size_of(model, *inputs):
@@ -85,7 +89,7 @@ def _labelled(pictures):
     lines = []
     for label, picture in pictures.items():
         strip = Image.new("RGB", (width, LABEL_SIZE + 6), "white")
-        ImageDraw.Draw(strip).text((4, 2), label.encode(errors="replace").decode(), "black", font)
+        ImageDraw.Draw(strip).text((4, 2), _one_line(label).encode(errors="replace").decode(), "black", font)
         lines += [torch.from_numpy(np.array(strip)).permute(2, 0, 1) / 255,
                   F.pad(picture, (0, width - picture.shape[2]), value=1.)]
     return torch.cat(lines, 1)

@@ -1,5 +1,6 @@
 """One training run: its counters, curves, checkpoints, and how it ends."""
 import math
+import os
 import resource
 import shlex
 import signal
@@ -12,7 +13,7 @@ from torch import nn
 
 from harness import checkpoint, cli, curves, distributed, history, progress
 from harness.errors import UserError
-from harness.folder import check_folder, last_checkpoint, lock, made_with, plain, run_folder
+from harness.folder import WHERE, check_folder, last_checkpoint, lock, lost_best, made_with, plain, run_folder, shared
 from harness.schedule import lr_scale, update_of
 from harness.tally import Tally
 
@@ -46,17 +47,19 @@ class Run:
             run goes on) and of plain values (saved), dicts of them included.
         may_change: flags of the script's own that may change on --resume, in addition to `MAY_CHANGE_ON_RESUME`.
         reads: paths of checkpoints that the run reads, which its folder must not hold.
+        check: is called with the checkpoint to go on from, and raises UserError where the run cannot.
     Raises:
         UserError: as `check_folder`; another process is at work in the folder; a flag that defines the run differs from
             the run's.
     """
 
-    def __init__(self, kind, args, device, state, may_change=(), reads=()):
+    def __init__(self, kind, args, device, state, may_change=(), reads=(), check=None):
         self.kind, self.args, self.device, self.state = kind, args, device, state
         self.models, self.logs = (run_folder(parent, args.output_folder) for parent in ("models", "logs"))
         self.see_curves = f"tensorboard --logdir {shlex.quote(str(self.logs))}"
         self.epoch = self.batch = self.step = 0
-        self.seconds, self.best = 0., None  # seconds of training, without validation
+        self.seconds, self.best, self.best_step = 0., None, None  # seconds of training, without validation
+        self.id = os.urandom(8).hex()  # which all checkpoints of a run have
         self.signal = self._started = self._bar = self._lock = self._pace = None
         self._tally, self._share, self._due = Tally(device), torch.ones((), device=device), True
         self._log_due = self._foretold = False
@@ -72,7 +75,10 @@ class Run:
             if args.resume else None
         if self.resumed:
             with checkpoint.complete(self.models / "last.pt"):
+                if check:
+                    check(self.resumed)
                 self._go_on()
+            self._mend_best()
         self._logged = max(0, self.step - 1)  # step that curves are at: of the batch at hand, or of the last one
         self.curves = None if distributed.rank() else self._open_files()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -82,7 +88,8 @@ class Run:
         """Take counters, state and random numbers from the checkpoint."""
         counters, args = self.resumed["counters"], self.args
         self.epoch, self.batch, self.step = (counters[name] for name in ("epoch", "batch", "step"))
-        self.seconds, self.best = counters["seconds"], self.resumed["best"]
+        self.seconds, self.best, self.best_step = counters["seconds"], self.resumed["best"], counters.get("best_step")
+        self.id = self.resumed.get("run")
         if counters["world"] != distributed.world_size():  # batches of another size: from the first that is not done
             done = self.batch * self.resumed["args"]["batch_size"] * counters["world"]
             self.batch = done // (args.batch_size * distributed.world_size())
@@ -90,6 +97,24 @@ class Run:
         checkpoint.restore(self.state, self.resumed)
         checkpoint.set_random_state(self.resumed["random"])
         print(f"resuming {self.models / 'last.pt'} at epoch {self.epoch + 1}, step {self.step}")
+
+    def _mend_best(self):
+        """Where best.pt was lost, save it anew if the last epoch is the best one, else leave it to the next epochs."""
+        what = lost_best(self.models, self.resumed)
+        if not distributed.mean(what is not None):  # all have looked before one writes
+            return
+        lost = f"{self.models / 'best.pt'} {what}"
+        if self.best_step == self.step:
+            self.epoch -= 1  # which was not yet counted when it was kept
+            self.save("best.pt")
+            self.epoch += 1
+            print(f"{lost}: it is saved anew from last.pt, whose epoch is the best")
+        elif self._is_done():
+            raise UserError(f"{lost}, last.pt is of a later epoch, and none is left to train: pass a larger "
+                            "--num-epochs, or --overwrite to train anew")
+        else:
+            self.best = self.best_step = None
+            print(f"{lost}, and last.pt is of a later epoch: the best of the epochs from {self.epoch + 1} on is kept")
 
     def _open_files(self):
         """The curves, taken back to this step; what an earlier run left is removed once nothing can fail."""
@@ -100,8 +125,10 @@ class Run:
             file.unlink(missing_ok=True)
         if self.resumed:
             history.take_back(self.models / "metrics.csv", self.epoch)
-        else:
-            checkpoint.save_json(self.models / "args.json", vars(self.args) | {"made_with": made_with()})
+        path, flags = self.models / "args.json", vars(self.args)
+        started = checkpoint.load_json(path) if self.resumed and path.exists() else {}
+        now = {name: flags[name] for name in WHERE if name in flags}
+        checkpoint.save_json(path, flags | {"made_with": made_with()} | started | now)
         return opened
 
     # --- the loop
@@ -110,7 +137,7 @@ class Run:
         """Numbers of the epochs still to do; each one done is saved."""
         if not self.resumed:
             self.save("last.pt")
-        while not self._out_of_time() if self.args.minutes else self.epoch < self.args.num_epochs:
+        while not self._is_done():
             yield self.epoch
             self.epoch, self.batch = self.epoch + 1, 0
             self.save("last.pt")
@@ -256,23 +283,35 @@ class Run:
 
     # --- checkpoints and the end
 
-    def save(self, name, **instead):
-        """Save the state as models/<output folder>/<name>; `instead` replaces entries of it."""
+    def save(self, name):
+        """Save models/<output folder>/<name>.
+
+        last.pt is all that the run goes on from. best.pt is the model, the average of its weights where there is one,
+        and what it is: neither where its data are nor what only training needs.
+        """
         self._raise_if_not_finite()
         for part in self.state.values():  # a finite loss may have a gradient that is not
             if isinstance(part, nn.Module) and not all(bool(weight.isfinite().all()) for weight in part.parameters()):
                 raise UserError(self._not_finite("a weight", self.step))
-        counters = {"epoch": self.epoch, "batch": self.batch, "step": self.step, "seconds": self.seconds,
-                    "world": distributed.world_size()}
+        counters = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "world": distributed.world_size()}
+        args, command, state = plain(vars(self.args)), [Path(sys.argv[0]).name, *sys.argv[1:]], self.state
+        if name == "best.pt":
+            args, command = shared(args, command)
+            average = state.get("average")
+            state = {part: value for part, value in state.items() if not hasattr(value, "state_dict")} | {
+                "model": average.module if average else state["model"]}
+        else:
+            counters |= {"batch": self.batch, "best_step": self.best_step}
+            state = state | {"random": checkpoint.random_state()}
         checkpoint.save(self.models / name, self.kind, {
-            "args": plain(vars(self.args)), "counters": counters, "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "best": self.best, "random": checkpoint.random_state(), **checkpoint.state_of(self.state | instead)})
+            "run": self.id, "args": args, "counters": counters, "command": command, "best": self.best,
+            **checkpoint.state_of(state)})
         distributed.barrier()
         checkpoint.saved.append(self.models / name)  # rank 0 has written it, and so came to the barrier
 
-    def improved(self, values, monitored, larger_is_better, **instead):
+    def improved(self, values, monitored, larger_is_better):
         """Whether the monitored one of validation values {name: number} is the best so far; best.pt then keeps the
-        state, as `save` does. UserError where any of them is not finite.
+        model. UserError where any of them is not finite.
         """
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
@@ -280,8 +319,8 @@ class Run:
         value = values[monitored]
         better = self.best is None or (value > self.best if larger_is_better else value < self.best)
         if better:
-            self.best = value
-            self.save("best.pt", **instead)
+            self.best, self.best_step = value, self.step
+            self.save("best.pt")
         return better
 
     def finish(self, results, shown):
@@ -310,6 +349,9 @@ class Run:
 
     def _out_of_time(self):
         return self.args.minutes is not None and self._time_share() >= 1
+
+    def _is_done(self):
+        return self._out_of_time() if self.args.minutes else self.epoch >= self.args.num_epochs
 
     def _epoch_name(self):
         return f"epoch {self.epoch + 1}" + ("" if self.args.minutes else f"/{self.args.num_epochs}")

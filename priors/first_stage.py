@@ -7,8 +7,8 @@ import torch
 
 import datasets
 import metrics
-from datasets import Source, check_counts
-from harness import checkpoint, cli
+from datasets import Source, check_same
+from harness import checkpoint, cli, fields
 from harness.device import pick_precision
 from harness.errors import UserError
 from harness.folder import run_folder
@@ -61,8 +61,7 @@ def class_of(text, classes):
 
 def check_vqvae(ckpt, path):
     """UserError where a model, of which these are the contents, was trained on the codes of another VQ-VAE."""
-    with checkpoint.complete(ckpt["path"]):
-        known, digest = ckpt["vqvae"]["path"], ckpt["vqvae"]["digest"]
+    known, digest = ckpt["vqvae"]["path"], ckpt["vqvae"]["digest"]
     if digest != checkpoint.digest(path):
         raise UserError(f"this {ckpt['kind']} was trained on the codes of {known} as it was then, and {path} is "
                         f"another VQ-VAE: pass that one, or train a {ckpt['kind']} for this one")
@@ -86,7 +85,7 @@ class FirstStage:
     """
 
     def __init__(self, path, device):
-        self.ckpt = checkpoint.load(path, "vqvae", datasets.FACTS | {"model_args": {"K": int, "dim": int}})
+        self.ckpt = checkpoint.load(path, "vqvae", fields.VQVAE)
         self.path, self.digest, self.device = path, checkpoint.digest(path), device
         self.vqvae = VectorQuantizedVAE.rebuild(self.ckpt).to(device, memory_format=torch.channels_last)
         self.data, self.K, self.classes = self.ckpt["data"], self.vqvae.K, self.ckpt["data"]["classes"]
@@ -144,15 +143,19 @@ def open_run(kind, args, first, state, may_change):
         UserError: as `Run`; another VQ-VAE or other images.
     """
     state = {"data": first.data, "vqvae": {"path": first.path, "digest": first.digest}} | state
-    run = Run(kind, args, first.device, state, may_change | datasets.MAY_CHANGE_ON_RESUME | {"model"}, [args.model])
-    if run.resumed:
-        check_vqvae(run.resumed, args.model)
-        check_counts(run.resumed["path"], run.resumed["images"], state["images"])
-    return run
+
+    def check(contents):
+        checkpoint.check(contents, [fields.RUN, fields.OF_LATENTS])
+        check_vqvae(contents, args.model)
+        check_same(contents["path"], {"images": contents["images"]}, {"images": state["images"]})
+
+    return Run(kind, args, first.device, state, may_change | datasets.MAY_CHANGE_ON_RESUME | {"model"}, [args.model],
+               check)
 
 
 def open_trained(kind, args, first, rebuild):
     """The model in the output folder, rebuilt from its best.pt, and that file's contents."""
-    ckpt = checkpoint.load(run_folder("models", args.output_folder) / "best.pt", kind)
+    ckpt = checkpoint.load(run_folder("models", args.output_folder) / "best.pt", kind,
+                           fields.PRIOR if kind == "prior" else fields.OF_LATENTS)
     check_vqvae(ckpt, args.model)
     return rebuild(ckpt).to(first.device), ckpt

@@ -1,4 +1,5 @@
 """Latents of a trained VQ-VAE as data: encoded once, kept with the run, in batches; and what it takes to code them."""
+import hashlib
 from contextlib import nullcontext
 
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 
 import datasets
 from datasets import SPLITS
-from harness import checkpoint, distributed
+from harness import checkpoint, distributed, fields
 from harness.batches import Batches
 from harness.errors import UserError
 from harness.folder import check_data, check_folder, lock, run_folder
@@ -42,17 +43,30 @@ def read_or_encode(path, args, first, source):
         return f"{first.digest} {datasets.fingerprint(args.dataset, source)}" + " in order" * source.in_order
     if path.exists():
         try:
-            kept = checkpoint.load(path, "latents", {"key": str, "splits": dict.fromkeys(SPLITS, tuple)})
+            kept = checkpoint.load(path, "latents", fields.LATENTS)
         except UserError as error:
             raise UserError(f"{path} is damaged: delete it, and the images are encoded anew") from error
-        if kept["key"] == key():
+        if kept["key"] == key() and "digest" in kept:  # which older files lack
+            if kept["digest"] != digest(kept["splits"]):
+                raise UserError(f"{path} was changed since it was written: delete it, and the images are encoded anew")
             return kept["splits"]
     images = open_images(args, first, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if distributed.rank() else lock(path.parent):
         splits = {split: encode(getattr(images, split), first, f"encoding {split}") for split in SPLITS}
-        checkpoint.save(path, "latents", {"key": key(), "splits": splits})  # opened, a data set may have been made anew
+        # Opened, a data set may have been made anew: its key is what it is now.
+        checkpoint.save(path, "latents", {"key": key(), "digest": digest(splits), "splits": splits})
     return splits
+
+
+def digest(splits):
+    """SHA-256 of {split: tensors}."""
+    found = hashlib.sha256()
+    for split, tensors in sorted(splits.items()):
+        found.update(f"{split} {[list(tensor.shape) for tensor in tensors]}".encode())
+        for tensor in tensors:
+            found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def encode(batches, first, what):

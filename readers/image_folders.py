@@ -14,6 +14,7 @@ from readers.survey import Survey
 
 CSV_FILES = {"train": "train.csv", "valid": "val.csv", "test": "test.csv"}
 MINIIMAGENET_SIZE = (128, 128)
+MOST_DIGITS = 18  # of a frame's number, which fits 64 bits
 SHOWN = 80  # characters of a listed name that a message repeats
 
 
@@ -50,12 +51,12 @@ def _in_order(files, labels):
     """Frames `clip/000001.png` ... clip by clip, with rows (N, 4): label, clip, number, action 0.
 
     Raises:
-        UserError: a file is not named by a number.
+        UserError: a file is not named by a number, or by one too large.
     """
-    wrong = next((path for path in files.paths if not path.stem.isdecimal()), None)
+    wrong = next((path for path in files.paths if not (path.stem.isdecimal() and len(path.stem) <= MOST_DIGITS)), None)
     if wrong:
-        raise UserError(f"{wrong} has no number for a name, so that the folder has no sequences of frames: name them "
-                        "such as clip/000001.png")
+        raise UserError(f"{wrong} has no number of at most {MOST_DIGITS} digits for a name, so that the folder has no "
+                        "sequences of frames: name them such as clip/000001.png")
     order = sorted(range(len(files)), key=lambda i: (files.paths[i].parent, int(files.paths[i].stem)))
     clips = {parent: i for i, parent in enumerate(sorted({path.parent for path in files.paths}))}
     rows = [(int(labels[i]), clips[files.paths[i].parent], int(files.paths[i].stem), 0) for i in order]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import datasets
 import metrics
-from harness import checkpoint
+from harness import checkpoint, fields
 from harness.errors import UserError
 from losses import TERMS
 from modules import load
@@ -19,12 +19,11 @@ from study.runs import end_with, in_turn
 
 VERSION = 3  # of the figures kept in a run's folder: raise it whenever one changes its meaning
 COSINE_BATCHES = 8
-COST = ("ms_per_step", "peak_memory_mb", "train_seconds")
 
 
 def checkpoints_of(runs):
     """{run: contents of its best.pt}."""
-    return {run: checkpoint.load(run / "best.pt", "vqvae", datasets.FACTS) for run in runs}
+    return {run: checkpoint.load(run / "best.pt", "vqvae", fields.VQVAE) for run in runs}
 
 
 def open_split(runs, split, features, device):
@@ -64,8 +63,15 @@ def measure_runs(runs, split, networks, setting, jobs, threads):
 
 
 def _read(path):
-    return checkpoint.load(path, "figures", {"key": dict, "figures": dict, "by_image": dict},
-                           remedy="delete it, and the run is measured again")
+    try:
+        return checkpoint.load(path, "figures", [fields.FIGURES, _has_all])
+    except UserError as error:
+        raise UserError(f"{path} is damaged: delete it, and the run is measured again") from error
+
+
+def _has_all(contents):
+    """Whether figures that were kept have the metrics that their key names."""
+    return set(contents["key"]["figures"]) & metrics.IMAGE_METRICS.keys() <= contents["figures"].keys()
 
 
 _measuring = {}  # of a process that measures: the split and its judges
@@ -92,9 +98,8 @@ def measure_run(run, split, judges):
     values, figures = metrics.measure(open_model(run, split), split, judges=judges, extra={
         f"term/{name}": partial(_term_of_images, TERMS[name]) for name in terms})
     figures["terms"] = {name: figures.pop(f"term/{name}") for name in terms}
-    with checkpoint.complete(run / "results.json"):
-        cost = checkpoint.load_json(run / "results.json")
-        figures |= {name: cost[name] for name in COST}
+    cost = checkpoint.load_json(run / "results.json", fields.COST)
+    figures |= {name: cost[name] for name in fields.COST}
     figures["trained_through"] = trained_through(checkpoint.load(run / "best.pt", "vqvae")["args"])
     return figures, {name: value.float() for name, value in values.items() if name in figures}
 

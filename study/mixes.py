@@ -3,7 +3,7 @@ import argparse
 import os
 
 from experiment import RECIPES
-from harness import cli
+from harness import cli, fields
 from harness.errors import UserError
 from losses import TERMS, ReconstructionLoss
 from quantizers import QUANTIZERS
@@ -31,7 +31,7 @@ FLAGS = {
     "k": ("--k", cli.positive_int, None),
     "downsample": ("--downsample", cli.positive_int, None),
     "hidden-size": ("--hidden-size", cli.positive_int, None),
-    "fine-blocks": ("--fine-blocks", cli.whole, None),
+    "fine-blocks": ("--fine-blocks", cli.at_most(fields.MOST_BLOCKS, 0), None),
     "average-weights": ("--average-weights", cli.share, None),
 }
 OF_VQGAN = ("perceptual", "disc-start", "disc-lr")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
-from harness import checkpoint
+from harness import checkpoint, fields
 from harness.errors import UserError
 from harness.progress import duration
 from study import mixes
@@ -123,7 +123,8 @@ def differences(contents, command):
     """
     (script, then), (other, now) = ((words[0], mixes.given(words)) for words in (contents["command"], command))
     differ = [] if script == other else [f"{script}, now {other}"]
-    for flag in sorted({*then, *now} - PLACE):
+    unknown = set() if "data_folder" in contents["args"] else {"--data-folder"}  # which best.pt does not say
+    for flag in sorted({*then, *now} - PLACE - unknown):
         if flag not in then:  # whose default may be what is now given
             default = contents["args"].get(flag[2:].replace("-", "_"))
             then[flag] = "" if default is True else default
@@ -137,7 +138,7 @@ def _text(value):
 
 
 def _load(path):
-    return checkpoint.load(path, "vqvae", {"command": list, "args": dict, "counters": {"step": int}})
+    return checkpoint.load(path, "vqvae", fields.TRAINED)
 
 
 def check(run, command):

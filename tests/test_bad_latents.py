@@ -1,4 +1,4 @@
-"""Bad input to the scripts that go on from a trained VQ-VAE, told as in test_bad_input.py.
+"""Bad input to the scripts that go on from a trained VQ-VAE, told as in bad_input.py.
 
 To add a case: one row, (name, what is done to the folder, script and flags, what the line must name). The folder holds
 clips/ of cat and dog, numbered frames 16x16 of each split, models/a trained on it and models/prior on the latents of a.
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bad_input import SMALL, check, empty, nothing
 from conftest import call
-from test_bad_input import SMALL, check, empty, nothing
 from test_datasets import pictures
 
 LATENT = (*SMALL[4:], "--hidden-size-prior", "8", "--num-layers", "2")
@@ -40,12 +40,22 @@ def other_classes(folder):
         pictures(folder / "data" / name, 12, (16, 16))
 
 
+def elsewhere(folder):
+    (folder / "models" / "a").rename(folder / "models" / "moved")
+
+
 def without_classes(folder):
     pictures(folder / "data", 24, (16, 16))
 
 
 def unnumbered(folder):
     (folder / "clips" / "train" / "cat" / "003.png").rename(folder / "clips" / "train" / "cat" / "third.png")
+
+
+def numbered(digits):
+    def spoil(folder):
+        (folder / "clips/train/cat/003.png").rename(folder / f"clips/train/cat/{'9' * digits}.png")
+    return spoil
 
 
 def two_clips(folder):
@@ -111,12 +121,15 @@ OWN = [
     ("stacked: negative weight", nothing, (*STACKED, "--alone-weight", "-1"), "--alone-weight"),
     ("stacked: no draws", nothing, (*STACKED, "--draws", "0"), "--draws"),
     ("video: frames without numbers", unnumbered, VIDEO, "clips/train/cat/third.png has no number"),
+    *((f"video: frames numbered with {digits} digits", numbered(digits), VIDEO, "digits for a name")
+      for digits in (19, 20, 200)),
     ("video: too few clips", two_clips, VIDEO, "2 clips are too few to carve valid and test from"),
     ("video: other classes", other_classes, (*VIDEO, "--data-folder", "data"), "too few to carve"),
     ("video: no context", nothing, (*VIDEO, "--context", "0"), "--context"),
     ("video: a context beyond memory", nothing, (*VIDEO, "--context", "1000"),
-     "--context 1000 is too many: pass at most 32"),
-    ("video: too fast", nothing, (*VIDEO, "--rollout", "2", "--fps", "51"), "--fps 51 is too many: pass at most 50"),
+     "--context: must be a whole number from 1 to 32, got 1000"),
+    ("video: too fast", nothing, (*VIDEO, "--rollout", "2", "--fps", "51"),
+     "--fps: must be a whole number from 1 to 50, got 51"),
     ("video: an action in training", nothing, (*VIDEO, "--action", "jump"), "--action jump is for a rollout"),
     ("video: hot training", nothing, (*VIDEO, "--temperature", "2"), "--temperature 2.0 is for a rollout"),
     ("video: no such action", nothing, (*VIDEO, "--rollout", "2", "--action", "jump"), "this data set has no actions"),
@@ -129,6 +142,8 @@ OWN = [
     ("agreement: a prior for a model", nothing, (*AGREE, "--model", "models/prior"), "a prior, not of a vqvae"),
     ("agreement: another model's prior", change("models/a/best.pt", best=7.), AGREE, "is another VQ-VAE"),
     ("agreement: a model without classes", no_classes, AGREE, "a data set without classes"),
+    ("agreement: codes that are elsewhere", elsewhere, (*AGREE[:-4], "--prior", "models/prior"),
+     "draws the codes of models/a, which is not there: pass --model"),
     ("agreement: no folder", nothing, (*AGREE, "--data-folder", "nowhere"), "nowhere does not exist"),
     ("agreement: an empty path", nothing, (*AGREE, "--data-folder", ""), "--data-folder: must be a path"),
     ("agreement: other classes", other_classes, (*AGREE, "--data-folder", "data"), "has the classes ['x', 'y']"),

@@ -242,7 +242,7 @@ def test_what_has_no_sequences_says_so(tmp_path):
     with pytest.raises(ValueError, match="too few to carve"):
         load("folder", Source(str(tmp_path), in_order=True), 4)
     (tmp_path / "clip0" / "8.png").rename(tmp_path / "clip0" / "first.png")
-    with pytest.raises(ValueError, match="no number for a name"):
+    with pytest.raises(ValueError, match="has no number"):
         load("folder", Source(str(tmp_path), in_order=True), 4)
 
 

@@ -52,7 +52,7 @@ def outcome(folder, kind, name):
         del results[cost]
     checkpoints = [checkpoint.load(run / file, kind) for file in ("last.pt", "best.pt")]
     for contents in checkpoints:
-        del contents["args"], contents["command"], contents["path"], contents["counters"]["seconds"]
+        del contents["args"], contents["command"], contents["path"], contents["run"], contents["counters"]["seconds"]
     points = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     return checkpoints, results, points
 

@@ -2,6 +2,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -33,6 +34,13 @@ def test_a_table_fits_a_line_and_its_rows_keep_their_names():
     assert shown == [f"figure {i}" for i in range(9)] and text.count("0.1235") == 9
     wide = report.markdown_table(["x", "y"], [["r" * 200, "s" * 200]])
     assert len(wide.splitlines()) == 3  # a table has two columns, however wide they are
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029"])
+def test_a_name_of_several_lines_is_a_row_all_the_same(end):
+    table = report.markdown_table(["model", "psnr"], [[f"a{end}b|c", 1.]])
+    lines = table.splitlines()
+    assert len(lines) == 3 and "a b\\|c" in lines[2]
 
 
 def test_labels_stand_above_their_rows_and_small_images_are_enlarged(tmp_path):
