@@ -140,7 +140,10 @@ def training_of(path, contents):
     """How far a run was trained, and at what cost: from its results.json or, where it is not finished, its last.pt."""
     results, last = (Path(path).with_name(name) for name in ("results.json", "last.pt"))
     recorded = checkpoint.load_json(results, fields.RESULTS) if results.exists() else {}
-    counters = contents["counters"] | {"epoch": contents["counters"]["epoch"] + 1}  # a best.pt is kept within its epoch
+    counters, run = contents["counters"], contents.get("run")  # which older files lack
+    if recorded.get("run", run) != run:
+        raise UserError(f"{path} is of another run than {results}: put its own back, or move it elsewhere")
+    counters = counters | {"epoch": counters["epoch"] + 1}  # a best.pt is kept within its epoch
     finished = bool(recorded) and recorded["steps"] >= counters["step"]  # and not trained on since
     if finished:
         counters = {"epoch": recorded["epochs"], "step": recorded["steps"]}

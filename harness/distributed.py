@@ -25,7 +25,7 @@ def asked():
 def _number(name, default, low=0):
     """A whole number of the environment. UserError where it is none."""
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or int(text) < low:
+    if not (text.isdecimal() and len(text) < 10 and int(text) >= low):
         raise UserError(f"the environment variable {name} is {text!r}, which is no number of processes: start many "
                         "with torchrun, or unset it")
     return int(text)
@@ -40,8 +40,9 @@ def start():
     if asked() > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        except ValueError as error:
-            raise UserError(f"WORLD_SIZE is {asked()}, but these processes cannot meet ({error}): start them with "
+        except (ValueError, OverflowError, RuntimeError) as error:
+            text = " ".join(str(error).split())
+            raise UserError(f"WORLD_SIZE is {asked()}, but these processes cannot meet ({text}): start them with "
                             "torchrun, or unset it") from error
         # A compiler leaves the exchange itself alone: what it makes of one in place is not awaited.
         for name, function in vars(_exchange).items():

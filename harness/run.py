@@ -325,7 +325,8 @@ class Run:
 
     def finish(self, results, shown):
         """Write results.json, and the figures named `shown` as test/... with the flags; returns results and cost."""
-        results = results | {"epochs": self.epoch, "steps": self.step, "train_seconds": round(self.seconds, 2),
+        results = results | {"run": self.id, "epochs": self.epoch, "steps": self.step,
+                             "train_seconds": round(self.seconds, 2),
                              "ms_per_step": round(1000 * self.seconds / max(1, self.step), 3),
                              "peak_memory_mb": round(peak_memory_mb(self.device), 1), "device": str(self.device)}
         if self.resumed and self.resumed["counters"]["step"] == self.step and (self.models / "results.json").exists():

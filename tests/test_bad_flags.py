@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from bad_input import BENCHMARK, EVALUATE, IMAGES, RECONSTRUCT, check, empty, folder, ids, nothing, trained, vqvae
+from conftest import call
 from PIL import Image
 from test_bad_data import bomb, broken, file_data, pipes
 
@@ -131,3 +132,17 @@ CASES = TRAINED + CHECKPOINTS + RUN_FLAGS
 def test_bad_input_is_one_line(folder, spoil, command, culprit):
     spoil(folder)
     check(folder, command, culprit)
+
+
+@pytest.mark.parametrize("environment", [*({"WORLD_SIZE": text} for text in ("abc", "0", "-1", "1.5", "", "9" * 5000)),
+                                         {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "abc"},
+                                         {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"},
+                                         {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost",
+                                          "MASTER_PORT": "abc"},
+                                         {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost",
+                                          "MASTER_PORT": "99999999"}], ids=lambda of: " ".join(of.values())[:25])
+@pytest.mark.parametrize("script", ["vqvae.py", "reconstruct.py"])
+def test_an_environment_of_other_processes_than_torchrun_starts(tmp_path, script, environment):
+    flags = ("--data-folder", "images") if script == "vqvae.py" else ("--model", "models/a", "images")
+    code, out, err = call(tmp_path, script, *flags, **environment)
+    assert code == 2 and err.count("\n") == 1 and not out and "torchrun" in err and not list(tmp_path.iterdir()), err

@@ -152,6 +152,17 @@ def test_the_best_epoch_of_another_run_is_refused(folder, script):
     assert checkpoint.load(run / "best.pt", kind)["run"] == "another"
 
 
+def test_an_evaluation_notices_the_best_epoch_of_another_run(folder):
+    start(folder, "vqvae.py")
+    assert call(folder, "vqvae.py", *RUN, "b", "--num-epochs", 1, "--seed", 1)[0] == 0
+    one, two = (folder / "models" / name / "best.pt" for name in "ab")
+    one.rename(folder / "kept"), two.rename(one), (folder / "kept").rename(two)
+    evaluate = ("evaluate.py", "--no-features", "--device", "cpu", "--model")
+    refuses(call(folder, *evaluate, "models/a"), "models/a/best.pt is of another run than models/a/results.json")
+    one.rename(folder / "elsewhere.pt")
+    assert call(folder, *evaluate, "elsewhere.pt", "--data-folder", "images")[0] == 0
+
+
 # --- what best.pt says, and what it does not
 
 def test_what_is_shared_has_no_optimizer_and_no_path_of_the_data(folder):

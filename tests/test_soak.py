@@ -50,6 +50,7 @@ def outcome(folder, kind, name):
     results = json.loads((run / "results.json").read_text())
     for cost in ("train_seconds", "ms_per_step", "peak_memory_mb"):
         del results[cost]
+    del results["run"]
     checkpoints = [checkpoint.load(run / file, kind) for file in ("last.pt", "best.pt")]
     for contents in checkpoints:
         del contents["args"], contents["command"], contents["path"], contents["run"], contents["counters"]["seconds"]

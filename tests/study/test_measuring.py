@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from harness import checkpoint
 from harness.batches import Batches
 from harness.errors import UserError
 from losses import TERMS
@@ -32,3 +33,24 @@ def test_terms_that_do_not_take_the_images_say_why_and_a_bug_is_none_of_them(mon
             measuring.terms_for(torch.zeros(1, 3, 32, 32))
     kind = UserError
     assert measuring.terms_for(torch.zeros(1, 3, 32, 32))[1]["toy"] == "mine"
+
+
+@pytest.mark.parametrize("change", [
+    {"figures": None}, {"figures": {}}, {"figures": {"psnr": "x"}}, {"figures": [1]}, {"key": {}}, {"key": None},
+    {"by_image": {"psnr": [1.]}}, {"by_image": {}}, {"by_image": {"psnr": torch.zeros(2), "ssim": torch.zeros(3)}}])
+def test_figures_that_were_kept_and_changed_are_one_line(tmp_path, change):
+    whole = {"key": {"figures": ["psnr", "lpips"]}, "by_image": {"psnr": torch.zeros(2)}, "figures": dict.fromkeys(
+        ("psnr", "ms_per_step", "peak_memory_mb", "train_seconds"), 1.) | {"terms": {}, "trained_through": None}}
+    path = tmp_path / "kept.pt"
+    checkpoint.save(path, "figures", whole)
+    assert measuring._read(path)["figures"]["psnr"] == 1
+    if change.get("figures") == {"psnr": "x"}:
+        change = {"figures": whole["figures"] | change["figures"]}
+    checkpoint.save(path, "figures", whole | change)
+    with pytest.raises(UserError, match="kept.pt is damaged: delete it, and the run is measured again"):
+        measuring._read(path)
+
+
+def test_figures_that_lack_a_metric_of_their_key_are_no_figures():
+    kept = {"key": {"figures": ["psnr", "ssim", "of a term"]}, "figures": {"psnr": 1.}}
+    assert not measuring._has_all(kept) and measuring._has_all(kept | {"figures": {"psnr": 1., "ssim": 1.}})
