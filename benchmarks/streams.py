@@ -9,7 +9,7 @@ from PIL import Image
 from datasets import Source, load
 
 IMAGES = 64  # of a call
-PHOTO = 224  # side of the photographs that are enlarged to a file's size
+PHOTO = 96  # side of the photographs that are enlarged to a file's size
 
 
 def stream(side, scale, sides):

@@ -20,8 +20,8 @@ from priors import networks
 from quantizers import QUANTIZERS, filled
 
 # Every quantizer and every recipe; whether one compiles does not depend on the other.
-PAIRS = [("ema", "recommended"), ("gradient", "recommended-photos"), ("cosine", "mse"), ("fsq", "recommended"),
-         ("rotation", "recommended-photos")]
+PAIRS = [("ema", "recommended"), ("gradient", "recommended-photos"), ("cosine", "mse"), ("fsq", "mse"),
+         ("rotation", "mse")]
 MOST_OPERATORS = {"mse": 180, "recommended": 275, "recommended-photos": 280}  # of forward and backward, before fusion
 
 
