@@ -7,10 +7,11 @@ READY = .venv/ready
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-# The demonstration: 64x64 crops of photographs that ship with scikit-image, minutes on 2 CPU cores.
+# The demonstration: 64x64 crops of photographs that ship with scikit-image, minutes on 2 CPU cores. After a stop it
+# goes on; once it is finished it starts anew.
 train: $(READY)  ## train on photographs that ship with a dependency (set up on first use)
 	$(BIN)/python vqvae.py --recipe recommended-photos --dataset photos --hidden-size 64 --batch-size 32 --num-epochs 9 \
-	    --output-folder make-train --overwrite
+	    --output-folder make-train $$([ -e models/make-train/results.json ] && echo --overwrite || echo --resume)
 
 study: $(READY)  ## every question of RESULTS.md: make study DATA=folder PHOTOS=folder; days, goes on where it stopped
 	PYTHON=$(BIN)/python ./study/study.sh $(DATA) $(PHOTOS)
@@ -30,5 +31,5 @@ lint: $(READY)  ## check the style
 $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade -r requirements-dev.txt
+	$(BIN)/python -m pip install --upgrade -r requirements-dev.txt
 	@touch $@

@@ -1,14 +1,19 @@
 """Reconstruct image files of any size with a trained VQ-VAE: originals next to their reconstructions."""
 import math
+import zipfile
+import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import metrics
-from harness import cli, report
+from harness import checkpoint, cli, report
 from harness.decoding import BrokenImage, decode
 from harness.device import pick_device
 from harness.errors import UserError
@@ -19,35 +24,77 @@ from terms.images import LUMA
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--model", type=cli.path, required=True, metavar="PT", help="checkpoint of vqvae.py")
-    parser.add_argument("images", nargs="+", type=cli.path, metavar="PATH", help="image files, and folders of them")
+    parser.add_argument("--model", type=cli.path, required=True, metavar="RUN", help="run of vqvae.py or vqgan.py: its "
+                        "folder, say pretrained/photos, or a checkpoint in it")
+    parser.add_argument("images", nargs="*", type=cli.path, metavar="PATH", help="image files, and folders of them")
+    parser.add_argument("--save-latents", type=cli.path, metavar="NPZ", help="also keep the latents of the images in "
+                        "this file")
+    parser.add_argument("--from-latents", type=cli.path, metavar="NPZ", help="decode the latents in this file, which "
+                        "--save-latents wrote, instead of images")
     parser.add_argument("--output", type=cli.path, default="reconstructions", metavar="FOLDER",
-                        help="(default %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are in it")
+                        help="folder that the pictures go to (default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
     parser.add_argument("--tile", type=cli.positive_int, default=1024, metavar="PIXELS",
                         help="reconstruct larger images in tiles of this side (default %(default)s)")
     parser.add_argument("--skip-broken", action="store_true", help="go on without files that do not decode")
-    parser.add_argument("--device", default="auto", help="(default %(default)s)")
-    return parser.parse_args()
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
+    args = parser.parse_args()
+    if bool(args.images) == bool(args.from_latents):
+        parser.error("give images, or --from-latents and no images")
+    if args.save_latents and args.from_latents:
+        parser.error("--save-latents is for images: leave it out")
+    return args
 
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
     model = load(args.model).to(device, memory_format=torch.channels_last)
+    if args.from_latents:
+        decode_file(args, model, device)
+    else:
+        reconstruct_images(args, model, device)
+
+
+def reconstruct_images(args, model, device):
+    """Save each image next to its reconstruction, and print a table; keep their latents where that is asked for."""
     sources = name_targets(list_sources(args.images), Path(args.output), args.overwrite)
+    if args.save_latents and Path(args.save_latents).exists() and not args.overwrite:
+        raise UserError(f"{args.save_latents} exists: pass --overwrite to replace it, or another --save-latents")
     whole = [pair for pair in sources if decodes(pair[0], args.skip_broken)]  # before one is written
-    rows = []
+    rows, kept = [], {}
     for path, target in whole:
         image = open_image(path, model.input_dim)
-        x_tilde = metrics.as_8bit(reconstruct(model, image.to(device), args.tile)).cpu()
+        latents = encode(model, image.to(device), args.tile)
+        height, width = image.shape[2:]
+        x_tilde = metrics.as_8bit(decode_latents(model, latents, args.tile)[:, :, :height, :width]).cpu()
         x = metrics.as_8bit(image)
         target.parent.mkdir(parents=True, exist_ok=True)
         report.save_picture(target, [torch.cat([x, x_tilde])], least_side=1)
-        rows.append([str(target), f"{x.shape[2]}x{x.shape[3]}", *figures(x_tilde, x)])
+        rows.append([str(target), f"{height}x{width}", *figures(x_tilde, x)])
+        kept[str(target.relative_to(args.output))] = latents[0].cpu(), (height, width)
     print(report.markdown_table(["original, reconstruction", "size", "psnr", "ssim", "gradient_ratio"], rows))
+    print(metrics.SHARPNESS)
     if len(whole) < len(sources):
         print(f"skipped {len(sources) - len(whole)} broken images of {len(sources)}")
+    if args.save_latents:
+        save_latents(args.save_latents, kept, checkpoint.digest(args.model))
+        print(f"latents of {len(kept)} images: {args.save_latents}")
+
+
+def decode_file(args, model, device):
+    """Save the images that the latents of a file stand for."""
+    kept = read_latents(args.from_latents, model, checkpoint.digest(args.model))
+    targets = {Path(args.output) / name: part for name, part in kept.items()}
+    taken = [target for target in targets if target.exists()]
+    if taken and not args.overwrite:
+        raise UserError(f"{taken[0]} exists: pass --overwrite to replace it, or another --output than {args.output}")
+    for target, (latents, (height, width)) in targets.items():
+        image = metrics.as_8bit(decode_latents(model, latents[None].to(device), args.tile)[0, :, :height, :width])
+        pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_with(target, partial(Image.fromarray(pixels.squeeze()).save, format="png"))
+    print(f"{len(targets)} images of {args.from_latents}: {args.output}")
 
 
 def figures(x_tilde, x):
@@ -127,24 +174,76 @@ def reach(model):
     return -(-pixels // model.downsample) * model.downsample
 
 
-@torch.no_grad()
-def reconstruct(model, x, tile):
-    """Reconstruction (1, C, H, W) of an image of any size: padded by its border to whole codes, tiled if large.
+def spans(length, side, margin):
+    """[(start, stop of a tile, start, stop of what it depends on)] along an axis of so many codes."""
+    return [(start, min(start + side, length), max(0, start - margin), min(start + side + margin, length))
+            for start in range(0, length, side)]
 
-    Tiles overlap by what the model sees on each side, so that the result is that of the image as a whole.
+
+@torch.no_grad()
+def encode(model, x, tile):
+    """Latents (1, h, w) of an image (1, C, H, W) in [-1, 1] of any size, padded by its border to whole codes.
+
+    A large one is encoded in tiles, which overlap by what the model sees on each side: the result is that of the whole.
     """
-    unit, margin, (height, width) = model.downsample, reach(model), x.shape[2:]
-    tile = max(unit, tile // unit * unit)
-    padded = F.pad(x, (0, -width % unit, 0, -height % unit), mode="replicate")
-    result = torch.empty_like(padded)
-    for top in range(0, padded.shape[2], tile):
-        for left in range(0, padded.shape[3], tile):
-            above, before = max(0, top - margin), max(0, left - margin)
-            part = padded[:, :, above:top + tile + margin, before:left + tile + margin]
-            made = model(part)[0][:, :, top - above:, left - before:]
-            target = result[:, :, top:top + tile, left:left + tile]
-            target.copy_(made[:, :, :target.shape[2], :target.shape[3]])
-    return result[:, :, :height, :width]
+    unit = model.downsample
+    padded = F.pad(x, (0, -x.shape[3] % unit, 0, -x.shape[2] % unit), mode="replicate")
+    height, width = (side // unit for side in padded.shape[2:])
+    latents = torch.empty(1, height, width, dtype=torch.int64, device=x.device)
+    side, margin = max(1, tile // unit), reach(model) // unit
+    for top, bottom, above, below in spans(height, side, margin):
+        for left, right, before, after in spans(width, side, margin):
+            part = model.encode(padded[:, :, above * unit:below * unit, before * unit:after * unit])
+            latents[:, top:bottom, left:right] = part[:, top - above:bottom - above, left - before:right - before]
+    return latents
+
+
+@torch.no_grad()
+def decode_latents(model, latents, tile):
+    """Image (1, C, f h, f w) in [-1, 1] of latents (1, h, w), f the downsampling; in tiles as in `encode`."""
+    unit, (height, width) = model.downsample, latents.shape[1:]
+    result = torch.empty(1, model.input_dim, height * unit, width * unit, device=latents.device)
+    side, margin = max(1, tile // unit), reach(model) // unit
+    for top, bottom, above, below in spans(height, side, margin):
+        for left, right, before, after in spans(width, side, margin):
+            part = model.decode(latents[:, above:below, before:after])
+            result[:, :, top * unit:bottom * unit, left * unit:right * unit] = part[
+                :, :, (top - above) * unit:(bottom - above) * unit, (left - before) * unit:(right - before) * unit]
+    return result
+
+
+# --- files of latents
+
+def save_latents(path, kept, digest):
+    """Save {name: (latents (h, w), (H, W) of the image)} of the model of a digest as an npz file.
+
+    Its arrays: "model", the digest; "names" (N,); "sizes" (N, 2); "latents_0", "latents_1", ... (h, w) int64.
+    """
+    grids = {f"latents_{i}": latents.numpy() for i, (latents, _) in enumerate(kept.values())}
+    sizes = np.array([size for _, size in kept.values()])
+    checkpoint.write_with(path, lambda file: np.savez_compressed(file, model=digest, names=list(kept), sizes=sizes,
+                                                                 **grids))
+
+
+def read_latents(path, model, digest):
+    """What `save_latents` was given. UserError where the file is none of its, or of another model."""
+    try:
+        with np.load(path) as file:
+            known, names, sizes = str(file["model"]), file["names"].tolist(), file["sizes"].tolist()
+            grids = [torch.from_numpy(file[f"latents_{i}"]) for i in range(len(names))]
+        kept = {name: (grid, tuple(size)) for name, grid, size in zip(names, grids, sizes)}
+        if not all(Path(name).suffix == ".png" and ".." not in Path(name).parts and not Path(name).is_absolute()
+                   for name in kept):
+            raise ValueError("names that leave the output folder")
+    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged or holds no latents of --save-latents ({error}): make it anew") from error
+    if known != digest:
+        raise UserError(f"{path} holds latents of another model: pass the --model that it was made with")
+    for name, (grid, size) in kept.items():
+        fits = [-(-side // model.downsample) for side in size] == list(grid.shape)
+        if not (fits and ((grid >= 0) & (grid < model.K)).all()):
+            raise UserError(f"{path} holds latents of {name} that do not fit the model: make it anew")
+    return kept
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from PIL import Image
 import evaluate
 import metrics
 from harness import checkpoint
-from modules import VectorQuantizedVAE
-from reconstruct import list_sources, reach, reconstruct
+from modules import VectorQuantizedVAE, load
+from reconstruct import decode_latents, encode, list_sources, reach
 
 VQVAE = ("--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "16",
          "--num-epochs", "1", "--device", "cpu", "--lr", "1e-3")
@@ -175,9 +175,14 @@ def test_short_names_tell_models_apart():
 def test_tiles_give_what_the_whole_gives(size, downsample):
     torch.manual_seed(0)
     model, x = VectorQuantizedVAE(3, 8, 16, downsample=downsample).eval(), torch.rand(1, 3, *size) * 2 - 1
-    whole, tiled = reconstruct(model, x, 1024), reconstruct(model, x, 50)
-    assert whole.shape == x.shape
-    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+    sides = [-(-side // downsample) for side in size]
+    padded = torch.nn.functional.pad(x, (0, sides[1] * downsample - size[1], 0, sides[0] * downsample - size[0]),
+                                     mode="replicate")
+    with torch.no_grad():
+        latents, whole = model.encode(padded), model(padded)[0]
+    assert torch.equal(encode(model, x, 1024), latents) and torch.equal(encode(model, x, 50), latents)
+    for tile in (1024, 50):
+        torch.testing.assert_close(decode_latents(model, latents, tile), whole, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("downsample", [4, 8, 16])
@@ -233,3 +238,63 @@ def test_reconstructs_files_of_every_kind(folder):
     assert code == 0 and "skipped 1 broken images of 6" in out
     code, _, err = call(folder, "reconstruct.py", "--model", "models/a/best.pt", "nowhere.png")
     assert code == 2 and "nowhere.png does not exist" in err
+
+
+LATENTS = ("reconstruct.py", "--model", "models/a/best.pt", "--device", "cpu")
+
+
+def test_saved_latents_decode_to_the_reconstructions(folder):
+    for name, size in (("b.png", (33, 17)), ("c.png", (16, 16))):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    code, out, err = call(folder, *LATENTS, "b.png", "c.png", "images", "--save-latents", "out.npz", "--output", "one")
+    assert code == 0 and "images: out.npz" in out, err
+    assert call(folder, *LATENTS, "--from-latents", "out.npz", "--output", "two")[0] == 0
+    pairs = sorted((folder / "one").rglob("*.png"))
+    assert [path.relative_to(folder / "one") for path in pairs] == [
+        path.relative_to(folder / "two") for path in sorted((folder / "two").rglob("*.png"))]
+    for path in pairs:
+        image = np.array(Image.open(folder / "two" / path.relative_to(folder / "one")))
+        height, width = image.shape[:2]
+        assert np.array_equal(np.array(Image.open(path))[4:4 + height, 8 + width:8 + 2 * width], image)
+    for flags, words in ((("b.png", "--save-latents", "out.npz", "--output", "three"), "out.npz exists"),
+                         (("--from-latents", "out.npz", "--output", "two"), "exists"),
+                         (("b.png", "--from-latents", "out.npz"), "give images, or --from-latents"),
+                         ((), "give images, or --from-latents")):
+        code, _, err = call(folder, *LATENTS, *flags)
+        assert code == 2 and err.count("\n") == 1 and words in err, err
+    assert not (folder / "three").exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model": "another"}, "another model"), ({"latents_0": np.full((4, 4), 99999)}, "do not fit"),
+    ({"latents_0": np.full((4, 4), -1)}, "do not fit"), ({"sizes": np.array([[16, 99]])}, "do not fit"),
+    ({"names": np.array(["../x.png"])}, "damaged"), ({"names": np.array(["a.png", "b.png"])}, "damaged"),
+    (b"no npz", "damaged"), (b"PK", "damaged"), (b"", "damaged")])
+def test_a_file_of_latents_that_does_not_fit_is_one_line(folder, change, words):
+    assert call(folder, *LATENTS, "images/0.png", "--save-latents", "a.npz", "--overwrite")[0] == 0
+    if isinstance(change, bytes):
+        (folder / "a.npz").write_bytes(change)
+    else:
+        with np.load(folder / "a.npz") as file:
+            np.savez(folder / "a.npz", **dict(file) | change)
+    code, _, err = call(folder, *LATENTS, "--from-latents", "a.npz", "--output", "out")
+    assert code == 2 and err.count("\n") == 1 and words in err and "a.npz" in err, err
+    assert not (folder / "out").exists()
+
+
+def test_a_folder_with_nothing_but_the_weights_is_a_model(folder):
+    alone = folder / "pretrained" / "photos"
+    alone.mkdir(parents=True)
+    kept = torch.load(folder / "models" / "a" / "best.pt", weights_only=True)
+    kept["args"]["data_folder"] = "data"
+    torch.save({name: value for name, value in kept.items() if name not in ("optimizer", "average", "random", "best")},
+               alone / "best.pt")
+    code, out, err = call(folder, "reconstruct.py", "--model", "pretrained/photos", "images/0.png", "--output", "first")
+    assert code == 0 and "first/0.png" in out, err
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(load(alone)(x)[0], load(folder / "models" / "a")(x)[0])
+    for script, *flags in (("evaluate.py", "--data-folder", "images", "--no-features"),
+                           ("vqvae.py", *VQVAE, "--num-epochs", "1", "--output-folder", "decoder")):
+        code, _, err = call(folder, script, "--frozen-codebook" if flags[0] == "--dataset" else "--model",
+                            "pretrained/photos", *flags)
+        assert code == 0, err

@@ -1,6 +1,8 @@
 """Every command of the README and of docs/ runs, on small data and for a moment; what they say is so."""
+import json
 import re
 import shlex
+import subprocess
 from concurrent.futures import Executor, Future
 
 import pytest
@@ -117,11 +119,40 @@ def test_every_command_runs(folder, monkeypatch, name):
         exec(block, {"images": torch.zeros(2, 3, 32, 32)})
 
 
-def test_make_train_runs(folder):
-    recipe = re.search(r"^train:.*?\n((?:\t.*\n|    .*\n)+)", (HERE / "Makefile").read_text(), re.M).group(1)
-    words = shlex.split(recipe.replace("\\\n", " "))
-    code, out, err = call(folder, *words[words.index("vqvae.py"):], *VQVAE)
+def make_train(folder):
+    """Words of the command that `make train` runs in a folder, where the set-up is done."""
+    (folder / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > words')
+    (folder / "python").chmod(0o755)
+    subprocess.run(["make", "-s", "-f", str(HERE / "Makefile"), "-o", "ready", "BIN=.", "READY=ready", "train"],
+                   cwd=folder, check=True)
+    return (folder / "words").read_text().split()
+
+
+def test_make_train_runs_and_starts_anew_once_it_is_finished(folder):
+    words = make_train(folder)
+    assert words[-1] == "--resume"  # and a run that was stopped goes on
+    code, out, err = call(folder, *words, *VQVAE)
     assert code == 0 and "test split" in out, err
+    assert make_train(folder) == [*words[:-1], "--overwrite"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    notebook = json.loads((HERE / "docs" / "quickstart.ipynb").read_text())
+    assert notebook["nbformat"] == 4 and notebook["nbformat_minor"] >= 5
+    for name in ("modules.py", "vqvae.py"):
+        (tmp_path / name).symlink_to(HERE / name)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / "docs")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    names, ids = {}, set()
+    for cell in notebook["cells"]:
+        assert cell["cell_type"] in ("code", "markdown") and cell["id"] not in ids and cell["metadata"] == {}
+        ids.add(cell["id"])
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    assert names["latents"].shape == (8, 16, 16) and names["images"].shape == names["decoded"].shape
+    assert (tmp_path / "models" / "quickstart" / "best.pt").exists()
 
 
 def test_make_knows_every_target_that_is_named():
