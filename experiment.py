@@ -186,7 +186,7 @@ def open_run(args, device, data, state):
     """The run of a VQ-VAE whose checkpoints hold `state`, new or resumed. UserError as `Run`, or on other images."""
 
     def check(contents):
-        checkpoint.check(contents, [fields.RUN, fields.VQVAE])
+        checkpoint.check(contents, fields.VQVAE)
         check_same(contents["path"], contents["data"], data.facts())
 
     return Run("vqvae", args, device, state, datasets.MAY_CHANGE_ON_RESUME | {"recipe"}, [args.frozen_codebook],
@@ -208,7 +208,7 @@ def validate(run, model, data, criterion, autocast, monitor):
 
 def report(run, model, data, criterion):
     """Measure the best epoch, once, on the test split: results.json, a picture and a table."""
-    model.load_state_dict(checkpoint.load(run.models / "best.pt", "vqvae")["model"])
+    run.take_best(model)
     values = measure(model, data.test, criterion)[1]
     run.log({"loss/test/reconstruction": values["loss"], "loss/test/quantization": values["quantization"]})
     x = data.test.examples(PICTURES)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from harness import checkpoint, cli, distributed, fields, report
+from harness import cli, distributed, fields, report
 from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
 from harness.folder import run_folder
@@ -97,7 +97,7 @@ def main():
             run.log_picture("samples", report.image_rows(images.split(COLUMNS)))
 
     # The best epoch, once, on the test split, and what it draws and what uniform codes give.
-    model.load_state_dict(checkpoint.load(run.models / "best.pt", "prior")["model"])
+    run.take_best(model)
     values = measure(model, test, first, autocast)
     usage = metrics.codebook_usage(torch.bincount(test.images.flatten().long(), minlength=first.K))
     usage["codebook_perplexity"] = usage.pop("perplexity")  # the first stage's; the prior has one of its own

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from harness import checkpoint, cli, distributed, fields, report
+from harness import cli, distributed, fields, report
 from harness.batches import send
 from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
@@ -113,7 +113,7 @@ def main():
         run.log_validation(values, values, improved, ("nats_per_latent",))
 
     # The best epoch, once, on the test split.
-    model.load_state_dict(checkpoint.load(run.models / "best.pt", "stacked")["model"])
+    run.take_best(model)
     values = measure(model, test, first, autocast)
     psnr, picture = reconstruct(args, first, source, model, "reconstructions.png")
     results = run.finish(values | psnr, tuple(values | psnr))

@@ -112,7 +112,7 @@ def main():
         run.log_validation(values, values, improved, ("nats_per_latent",))
 
     # The best epoch, once, on the test split.
-    model.load_state_dict(checkpoint.load(run.models / "best.pt", "video")["model"])
+    run.take_best(model)
     values = measure(model, test, first, autocast) | as_the_last_frame(train, test, first.K)
     results = run.finish(values, tuple(values))
     print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in values]))

@@ -85,8 +85,9 @@ MODEL_ARGS = {  # of each network, where its constructor has such an argument
                    "n_layers": whole(1, MOST_LAYERS)},
 }
 
-RUN = {"args": dict, "best": lambda value: value is None or number(value), "counters": {  # of any kind, to go on from
-    "epoch": whole(), "batch": whole(), "step": whole(), "seconds": cost, "world": whole(1)}}
+RUN = {  # of any kind, to go on from
+    "args": {"output_folder": text}, "best": lambda value: value is None or number(value),
+    "counters": {"epoch": whole(), "batch": whole(), "step": whole(), "seconds": cost, "world": whole(1)}}
 DATA = {"name": text, "channels": one_of(1, 3), "size": SIZE, "classes": several(text),
         "images": dict.fromkeys(("train", "valid", "test"), whole(1)), "carved": text}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from harness import checkpoint, cli, distributed
+from harness import checkpoint, cli, distributed, fields
 from harness.errors import UserError
 from harness.images import RUN_FOLDERS
 
@@ -76,11 +76,10 @@ def last_checkpoint(folder, kind, flags, may_change):
     if not path.exists():
         print(f"nothing to resume in {folder}: starting anew")
         return None
-    contents = checkpoint.load(path, kind, remedy="--overwrite starts anew, and best.pt goes with it")
-    with checkpoint.complete(path):
-        before = contents["args"]
-        if contents["counters"]["world"] != distributed.world_size():
-            may_change = may_change | {"batch_size"}
+    contents = checkpoint.load(path, kind, fields.RUN, "--overwrite starts anew, and best.pt goes with it")
+    before = contents["args"]
+    if contents["counters"]["world"] != distributed.world_size():
+        may_change = may_change | {"batch_size"}
     now, may_change = plain(flags), may_change | {"output_folder"}  # the folder may have another name by now
     differ = [f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})"
               for name in sorted(before.keys() | now.keys())

@@ -323,6 +323,13 @@ class Run:
             self.save("best.pt")
         return better
 
+    def take_best(self, model):
+        """Give a model the weights of best.pt. UserError where that does not hold them."""
+        path = self.models / "best.pt"
+        contents = checkpoint.load(path, self.kind)
+        with checkpoint.complete(path):
+            model.load_state_dict(contents["model"])
+
     def finish(self, results, shown):
         """Write results.json, and the figures named `shown` as test/... with the flags; returns results and cost."""
         results = results | {"run": self.id, "epochs": self.epoch, "steps": self.step,

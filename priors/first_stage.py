@@ -145,7 +145,7 @@ def open_run(kind, args, first, state, may_change):
     state = {"data": first.data, "vqvae": {"path": first.path, "digest": first.digest}} | state
 
     def check(contents):
-        checkpoint.check(contents, [fields.RUN, fields.OF_LATENTS])
+        checkpoint.check(contents, fields.OF_LATENTS)
         check_vqvae(contents, args.model)
         check_same(contents["path"], {"images": contents["images"]}, {"images": state["images"]})
 

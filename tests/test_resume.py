@@ -163,6 +163,14 @@ def test_an_evaluation_notices_the_best_epoch_of_another_run(folder):
     assert call(folder, *evaluate, "elsewhere.pt", "--data-folder", "images")[0] == 0
 
 
+@pytest.mark.parametrize("script", ["vqvae.py", *LATENT])
+@pytest.mark.parametrize("model", [None, [], {}, {"x": torch.zeros(1)}])
+def test_a_best_epoch_without_its_weights_is_one_line_at_the_end(folder, script, model):
+    run = start(folder, script)
+    torch.save(torch.load(run / "best.pt") | {"model": model}, run / "best.pt")
+    refuses(train(folder, script), "models/a/best.pt does not hold all that it should")
+
+
 # --- what best.pt says, and what it does not
 
 def test_what_is_shared_has_no_optimizer_and_no_path_of_the_data(folder):

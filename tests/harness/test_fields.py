@@ -28,9 +28,9 @@ TABLES = {
         nested(DATA[1], "data") | {"counters.epoch": COUNT, "counters.step": COUNT, "model_args.input_dim": [],
                                    "args.skip_broken": [True], "data": [], "args": [], "counters": []}),
     "resumed": (fields.RUN, {
-        "args": {"k": 8}, "best": 0.5,
+        "args": {"output_folder": "a"}, "best": 0.5,
         "counters": {"epoch": 3, "batch": 0, "step": 7, "seconds": 1.5, "world": 1}},
-        {"args": [{}, {"x": 1}], "best": [None, -1, math.nan, math.inf, 2 ** 63, 10 ** 30, *NUMBER],
+        {"args": [], "args.output_folder": TEXT, "best": [None, -1, math.nan, math.inf, 2 ** 63, 10 ** 30, *NUMBER],
          "counters.batch": COUNT, "counters.seconds": [2 ** 63, 10 ** 30, *NUMBER], "counters.world": [1]}),
     "prior": (fields.PRIOR, {
         "vqvae": {"path": "a", "digest": "b"}, "images": [8, 1, 1], "data": DATA[0] | {"labels": [0, 4]}},
