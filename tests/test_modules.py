@@ -2,10 +2,11 @@
 from pathlib import Path
 
 import pytest
+import skimage
 import torch
 import torch.nn.functional as F
 
-from modules import VectorQuantizedVAE, VQEmbedding
+from modules import VectorQuantizedVAE, VQEmbedding, load
 
 FIXTURE = Path(__file__).parent / "fixtures" / "upstream_compat.pt"
 HEALTHY = {"quantizer": "ema", "data_init": True, "restart_below": 0.02}
@@ -140,3 +141,13 @@ def test_fine_blocks_stand_at_each_scale_between_latents_and_image_and_start_as_
             features = torch.randn(1, 8, 4, 4)
             assert torch.equal(module(features), features.relu())
     assert fine(x)[0].shape == x.shape and fine.encode(x).shape == (2, 32 // downsample, 32 // downsample)
+
+
+@pytest.mark.parametrize("name, side", [("photos", 128), ("cifar", 32)])
+def test_the_weights_that_come_with_the_project_reconstruct(name, side):
+    folder = Path(__file__).parent.parent / "pretrained" / name
+    assert (folder / "best.pt").stat().st_size < 3e6 and [path.name for path in folder.iterdir()] == ["best.pt"]
+    image = torch.from_numpy(skimage.transform.resize(skimage.data.astronaut(), (side, side))).permute(2, 0, 1).float()
+    x = image.unsqueeze(0) * 2 - 1
+    model = load(folder)
+    assert (model.decode(model.encode(x)) - x).square().mean() < 0.04  # 20 dB; grey has 10

@@ -92,6 +92,7 @@ def folder(tmp_path):
         clip = folder / "images" / str(int(path.stem) // 10)  # or class
         clip.mkdir(exist_ok=True)
         path.rename(clip / path.name)
+    (folder / "pretrained").symlink_to(HERE / "pretrained")
     (folder / "photo").mkdir()
     Image.new("RGB", (40, 50), "red").save(folder / "photo" / "a.jpg")
     return folder
