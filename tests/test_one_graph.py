@@ -22,7 +22,7 @@ from quantizers import QUANTIZERS, filled
 # Every quantizer and every recipe; whether one compiles does not depend on the other.
 PAIRS = [("ema", "recommended"), ("gradient", "recommended-photos"), ("cosine", "mse"), ("fsq", "mse"),
          ("rotation", "mse")]
-MOST_OPERATORS = {"mse": 180, "recommended": 275, "recommended-photos": 280}  # of forward and backward, before fusion
+MOST_OPERATORS = {"mse": 180, "recommended": 275, "recommended-photos": 480}  # of forward and backward, before fusion
 
 
 def flags(*argv):
