@@ -117,7 +117,7 @@ rates() {
     compare coarse --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $SHORT) --downsample 8
 }
 
-# Under every quantizer? Each beside the baseline under the same one; moving averages are what `lasts` has.
+# Under every quantizer? Each versus the baseline under the same one; moving averages are what `lasts` has.
 quantizers() {
     for quantizer in gradient cosine fsq rotation; do
         compare "quantizer-$quantizer" --baseline $BASELINE --losses $MIX --seeds $SEEDS $(of $SHORT) \

@@ -5,6 +5,7 @@ import signal
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from processes import CONTEXT, HERE, Forked
 
 from harness import cli
 from harness.folder import lock
+from harness.run import Run
 
 THREADS = torch.get_num_threads()
 
@@ -86,3 +88,14 @@ def stop_after(process, line_start, number):
             break
     process.send_signal(number)
     return process.communicate(timeout=60)
+
+
+def updates_take(monkeypatch, seconds):
+    """Let each update of a run take so many seconds, by a clock that stands still otherwise."""
+    clock, update = [100.], Run.update
+
+    def slow(run, optimizer):
+        clock[0] += seconds
+        update(run, optimizer)
+    monkeypatch.setattr(Run, "update", slow)
+    monkeypatch.setattr("harness.run.time", SimpleNamespace(perf_counter=lambda: clock[0]))

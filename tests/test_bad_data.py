@@ -1,4 +1,4 @@
-"""Folders, files, lists and flags that are no good as data, told as bad_input.py says."""
+"""Folders, files, lists and flags that are no good as data, reported as bad_input.py says."""
 # ruff: noqa: F401, F811 (fixtures)
 import os
 import shutil

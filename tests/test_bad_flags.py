@@ -1,4 +1,4 @@
-"""Models, images and flags that a script cannot work with, told as bad_input.py says."""
+"""Models, images and flags that a script cannot work with, reported as bad_input.py says."""
 # ruff: noqa: F401, F811 (fixtures)
 import shutil
 
@@ -32,7 +32,7 @@ TRAINED = [
     ("reconstruct: broken", broken(b""), (*RECONSTRUCT, "images/7.png"), "images/7.png does not decode"),
     ("reconstruct: too large", bomb, (*RECONSTRUCT, "images/7.png"), "images/7.png does not decode"),
     ("reconstruct: two of one name", same_stem, (*RECONSTRUCT, "x/same", "y/same"), "y/same/a.png"),
-    ("reconstruct: beside its input", another_ending, (*RECONSTRUCT, "images/7.jpg", "--output", "images"),
+    ("reconstruct: next to its input", another_ending, (*RECONSTRUCT, "images/7.jpg", "--output", "images"),
      "images/7.png exists: pass --overwrite"),
     ("reconstruct: one file twice", nothing, (*RECONSTRUCT, "images/7.png", "images/7.png"), "images/7.png"),
     ("reconstruct: onto itself", nothing, (*RECONSTRUCT, "images", "--output", "."), "images/0.png"),

@@ -6,7 +6,7 @@ from contextlib import redirect_stderr
 
 import pytest
 import torch
-from conftest import call, write_images
+from conftest import call, updates_take, write_images
 from torch import nn
 
 from harness import progress, report
@@ -103,14 +103,13 @@ def test_epoch_lines_and_minute_lines_have_the_time_that_the_whole_run_has_left(
 
 
 def test_the_time_left_is_that_of_the_steps_left(folder, monkeypatch):
-    clock, update, seen = [100.], Run.update, []
+    updates_take(monkeypatch, 2)
+    update, seen = Run.update, []
 
-    def second(run, optimizer):
-        clock[0] += 2
+    def watched(run, optimizer):
         update(run, optimizer)
         seen.append((run.step + 1, run._seconds_left()))
-    monkeypatch.setattr(Run, "update", second)
-    monkeypatch.setattr("harness.run.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Run, "update", watched)
     code, out, err = call(folder, "vqvae.py", *SMALL, "--num-epochs", "3")
     assert code == 0, err
     assert "about 12 s to go, 2 s an update" in out  # once 6 of 12 steps are done: 12 s are more than `SOON`
@@ -118,13 +117,7 @@ def test_the_time_left_is_that_of_the_steps_left(folder, monkeypatch):
 
 
 def test_a_run_of_minutes_warns_once_it_knows_its_pace(folder, monkeypatch):
-    clock, update = [100.], Run.update
-
-    def second(run, optimizer):
-        clock[0] += 2
-        update(run, optimizer)
-    monkeypatch.setattr(Run, "update", second)
-    monkeypatch.setattr("harness.run.time.perf_counter", lambda: clock[0])
+    updates_take(monkeypatch, 2)
     code, out, err = call(folder, "vqvae.py", *SMALL, "--minutes", "0.5")
     assert code == 0, err
     assert "4 updates an epoch, for 0.5 minutes\n" in out

@@ -12,11 +12,10 @@ import tempfile
 import zipfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import HERE, call, start, stop_after, write_images
+from conftest import HERE, call, start, stop_after, updates_take, write_images
 from processes import Forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -25,7 +24,6 @@ from harness import checkpoint, cli, distributed
 from harness.curves import Curves
 from harness.errors import UserError
 from harness.folder import lock, made_with
-from harness.run import Run
 from harness.schedule import lr_scale, update_of
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size", "8",
@@ -382,13 +380,7 @@ def test_the_monitor_decides_which_epoch_is_kept(folder):
 
 
 def test_a_budget_of_time_ends_the_run_at_the_step_that_spends_it(folder, monkeypatch):
-    clock, update = [100.], Run.update
-
-    def second(run, optimizer):
-        clock[0] += 1
-        update(run, optimizer)
-    monkeypatch.setattr(Run, "update", second)
-    monkeypatch.setattr("harness.run.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    updates_take(monkeypatch, 1)
     code, _, err = run(folder, "--minutes", "0.1", "--num-epochs", "1")
     assert code == 0, err
     results = json.loads((folder / "models" / "vqvae" / "results.json").read_text())
