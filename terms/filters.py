@@ -25,17 +25,26 @@ def gabor(x_tilde, x):
     luma_tilde, luma, total, scales = luma_of(unit(x_tilde)), luma_of(unit(x)), 0., 0
     filters = _filters(luma)
     while scales < SCALES and min(luma.shape[2:]) > SIDE:
-        total = total + (_normalised(luma_tilde, filters) - _normalised(luma, filters)).square().sum(1).mean()
+        total = total + _distance(_responses(luma_tilde, filters), _responses(luma, filters)).mean()
         luma_tilde, luma, scales = halved(luma_tilde), halved(luma), scales + 1
     return total / scales
 
 
-def _normalised(luma, filters):
-    """(B, 2 filters, H, W) positive and negative parts of the responses, over their length at each position."""
+def _responses(luma, filters):
+    """(B, filters, H, W) of luma (B, 1, H, W)."""
     # A convolution of ten bits (TF32) would do: unlike a variance, no small difference of large numbers follows.
-    responses = F.conv2d(F.pad(luma, (SIDE // 2,) * 4, mode="reflect"), filters)
-    responses = torch.cat([responses.clamp(min=0), (-responses).clamp(min=0)], 1)
-    return responses * (responses.square().sum(1, keepdim=True) + FLOOR ** 2).rsqrt()
+    return F.conv2d(F.pad(luma, (SIDE // 2,) * 4, mode="reflect"), filters)
+
+
+def _distance(a, b):
+    """(B, H, W) squared distance of normalised responses a and b, expanded: |a|^2 + |b|^2 - 2 a.b.
+
+    Positive parts meet positive ones alone, and negative ones negative: of the products in a.b those above 0 count.
+    Splitting the responses in fact takes twice the memory and, on a CPU, 3.5 times as long.
+    """
+    square_a, square_b, product = a.square().sum(1), b.square().sum(1), (a * b).clamp(min=0).sum(1)
+    floored_a, floored_b = square_a + FLOOR ** 2, square_b + FLOOR ** 2
+    return square_a / floored_a + square_b / floored_b - 2 * product * (floored_a * floored_b).rsqrt()
 
 
 def _filters(like):
