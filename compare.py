@@ -41,7 +41,8 @@ def parse_args():
     parser.add_argument("--split", choices=("valid", "test"), default="valid",
                         help="where to measure: choose on valid, look at test once (default %(default)s)")
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
-                        help=f"networks that judge, of {', '.join(FEATURES)} (default effnet-lite0)")
+                        help=f"networks that judge, of {', '.join(FEATURES)}; rFID is the Fréchet distance of "
+                        "inception (default effnet-lite0)")
     parser.add_argument("--quick", action="store_true", help=f"train with {' '.join(QUICK)}, a first look")
     parser.add_argument("--seeds", type=cli.at_most(MOST_RUNS), default=1, metavar="N", help="(default %(default)s)")
     parser.add_argument("--jobs", type=cli.at_most(cli.MOST_WORKERS), default=1, metavar="N", help="runs at a time, "

@@ -140,7 +140,7 @@ def test_make_train_runs_and_starts_anew_once_it_is_finished(folder):
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     notebook = json.loads((HERE / "docs" / "quickstart.ipynb").read_text())
     assert notebook["nbformat"] == 4 and notebook["nbformat_minor"] >= 5
-    for name in ("modules.py", "vqvae.py"):
+    for name in ("modules.py", "vqvae.py", "pretrained"):
         (tmp_path / name).symlink_to(HERE / name)
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path / "docs")
