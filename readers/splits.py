@@ -14,11 +14,17 @@ NAMES = "|".join(sorted(SPLIT_OF, key=len, reverse=True))
 PLAIN = "(?:images?|imgs?|pictures?|pics?|photos?|jpe?gs?|pngs?|files?|folder|data|datasets?|sets?|split|all|raw|px|x)"
 PLAIN_SPLIT = re.compile(f"{PLAIN}*({NAMES}){PLAIN}*")  # of the letters of a name: train2017, img_train, testSet
 ANY_SPLIT = re.compile(rf"(?<![^\W\d_])({NAMES})(?![^\W\d_])")  # within a name: DIV2K_train_HR, and bullet_train
+WORD_BEGINS = re.compile("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # trainA, myTest, HRTrain
 NO_CLASS = re.compile(f"{PLAIN}+")  # of the letters of a name: images, JPEG_files
 
 
 def _letters(name):
     return "".join(filter(str.isalpha, name.lower()))
+
+
+def _words(name):
+    """A name in small letters, and words that only their case tells apart joined by "_": trainA is train_a."""
+    return WORD_BEGINS.sub("_", name).lower()
 
 
 def split_of(name):
@@ -59,9 +65,10 @@ def _alike(folders):
     """[(split, folder)] of folders whose names differ in the split alone, such as DIV2K_train_HR and DIV2K_valid_HR."""
     groups = {}
     for folder in folders:
-        match = ANY_SPLIT.search(folder.name.lower())
+        name = _words(folder.name)
+        match = ANY_SPLIT.search(name)
         if match:
-            rest = folder.name.lower()[:match.start()], folder.name.lower()[match.end():]
+            rest = name[:match.start()], name[match.end():]
             groups.setdefault(rest, []).append((SPLIT_OF[match[1]], folder))
     pairs = [group for group in groups.values() if len({split for split, _ in group}) > 1]
     return pairs[0] if len(pairs) == 1 else []
@@ -95,7 +102,7 @@ def find_splits(root):
 def _refuse_unclear(found, others):
     """UserError where folders may be splits or classes: a train that is alone among others, or a part of a name."""
     if not found:
-        unclear = [folder for folder in others if ANY_SPLIT.search(folder.name.lower()) and holds_image(folder)]
+        unclear = [folder for folder in others if ANY_SPLIT.search(_words(folder.name)) and holds_image(folder)]
     else:
         unclear = list(found.values()) if len(found) == 1 and any(map(holds_image, others)) else []
     if unclear:

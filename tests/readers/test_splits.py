@@ -35,7 +35,8 @@ NAMES = [("train", "valid", "test"), ("Train", "Val", "TEST"), ("training", "val
          ("img_train", "img_val", "img_test"), ("train-images", "val", "test"),
          ("TrainData", "ValData", "TestData"), ("trainval", "validation", "test"), ("1_train", "2_val", "3_test"),
          ("DIV2K_train_HR", "DIV2K_valid_HR", "DIV2K_test_HR"), ("train_64x64", "valid_64x64", "test_64x64"),
-         ("seg_train", "seg_val", "seg_test"), ("train (1)", "val (1)", "test (1)"), ("X_train", "X_val", "X_test")]
+         ("seg_train", "seg_val", "seg_test"), ("train (1)", "val (1)", "test (1)"), ("X_train", "X_val", "X_test"),
+         ("trainHR", "validHR", "testHR"), ("myTrain", "myVal", "myTest")]
 
 
 @pytest.mark.parametrize("names", NAMES)
@@ -60,6 +61,7 @@ LAYOUTS = [  # what lies where, what is read, and the classes
     ("a class of a split's name", {"train/bus": 3, "train/train": 2, "test/bus": 2}, TRAIN_TEST, ["bus", "train"]),
     ("classes within one train", {"train/bullet_train": 3, "train/test_tube": 2}, {"train": 5},
      ["bullet_train", "test_tube"]),
+    ("classes that begin as splits do", {"Trainer": 3, "TESTUDO": 2}, {"train": 5}, ["TESTUDO", "Trainer"]),
     ("station", {"train/train_station": 3, "train/house": 2}, {"train": 5}, ["house", "train_station"]),
     ("photographs", {"": 5}, {"train": 5}, []),
     ("classes", {"cat": 3, "dog": 2}, {"train": 5}, ["cat", "dog"]),
@@ -97,6 +99,7 @@ REFUSED = [
     ("part of a name", {"bullet_train": 3, "steam_engine": 3}, "bullet_train may be a split or a class"),
     ("parts of names", {"train_station": 3, "crash_test": 3}, "crash_test and "),
     ("two kinds of splits", {"a_train_x": 3, "a_test_x": 3, "b_train_y": 3, "b_test_y": 3}, "a_test_x and "),
+    ("CycleGAN", {"trainA": 3, "trainB": 3, "testA": 3, "testB": 3}, "testA and "),
     ("a split twice", {"train2014": 3, "train2017": 3, "val2017": 2}, "train2014 and "),
     ("no train", {"val2017": 3, "test2017": 2}, "without a folder train"),
 ]
