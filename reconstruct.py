@@ -43,6 +43,8 @@ def parse_args():
         parser.error("give images, or --from-latents and no images")
     if args.save_latents and args.from_latents:
         parser.error("--save-latents is for images: leave it out")
+    if args.save_latents and Path(args.save_latents).suffix != ".npz":  # a photograph, or a model
+        parser.error(f"--save-latents {args.save_latents} must end in .npz")
     return args
 
 
@@ -62,6 +64,8 @@ def reconstruct_images(args, model, device):
     if args.save_latents and Path(args.save_latents).exists() and not args.overwrite:
         raise UserError(f"{args.save_latents} exists: pass --overwrite to replace it, or another --save-latents")
     whole = [pair for pair in sources if decodes(pair[0], args.skip_broken)]  # before one is written
+    if args.save_latents:
+        Path(args.save_latents).parent.mkdir(parents=True, exist_ok=True)
     rows, kept = [], {}
     for path, target in whole:
         image = open_image(path, model.input_dim)
@@ -92,8 +96,9 @@ def decode_file(args, model, device):
     for target, (latents, (height, width)) in targets.items():
         image = metrics.as_8bit(decode_latents(model, latents[None].to(device), args.tile)[0, :, :height, :width])
         pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
         target.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_with(target, partial(Image.fromarray(pixels.squeeze()).save, format="png"))
+        checkpoint.write_with(target, partial(Image.fromarray(pixels).save, format="png"))
     print(f"{len(targets)} images of {args.from_latents}: {args.output}")
 
 
@@ -220,7 +225,7 @@ def save_latents(path, kept, digest):
     Its arrays: "model", the digest; "names" (N,); "sizes" (N, 2); "latents_0", "latents_1", ... (h, w) int64.
     """
     grids = {f"latents_{i}": latents.numpy() for i, (latents, _) in enumerate(kept.values())}
-    sizes = np.array([size for _, size in kept.values()])
+    sizes = np.array([size for _, size in kept.values()], dtype=np.int64).reshape(-1, 2)  # where there are none, too
     checkpoint.write_with(path, lambda file: np.savez_compressed(file, model=digest, names=list(kept), sizes=sizes,
                                                                  **grids))
 
@@ -229,12 +234,19 @@ def read_latents(path, model, digest):
     """What `save_latents` was given. UserError where the file is none of its, or of another model."""
     try:
         with np.load(path) as file:
-            known, names, sizes = str(file["model"]), file["names"].tolist(), file["sizes"].tolist()
-            grids = [torch.from_numpy(file[f"latents_{i}"]) for i in range(len(names))]
-        kept = {name: (grid, tuple(size)) for name, grid, size in zip(names, grids, sizes)}
+            known, names, sizes = str(file["model"]), file["names"].tolist(), file["sizes"]
+            grids = [file[f"latents_{i}"] for i in range(len(names))]
+        if not all(np.issubdtype(part.dtype, np.integer) and part.ndim == 2 for part in (sizes, *grids)):
+            raise ValueError("latents and sizes must be whole numbers in two dimensions")
+        if sizes.shape != (len(names), 2) or (sizes < 1).any():
+            raise ValueError("sizes must be a height and a width for each name")
+        if len(set(map(Path, names))) < len(names):
+            raise ValueError("two names are the same")
         if not all(Path(name).suffix == ".png" and ".." not in Path(name).parts and not Path(name).is_absolute()
-                   for name in kept):
-            raise ValueError("names that leave the output folder")
+                   and "\0" not in name for name in names):
+            raise ValueError("a name is no PNG file in the output folder")
+        kept = {name: (torch.from_numpy(grid.astype(np.int64)), tuple(size))
+                for name, grid, size in zip(names, grids, sizes.tolist())}
     except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or holds no latents of --save-latents ({error}): make it anew") from error
     if known != digest:

@@ -244,7 +244,7 @@ LATENTS = ("reconstruct.py", "--model", "models/a/best.pt", "--device", "cpu")
 
 
 def test_saved_latents_decode_to_the_reconstructions(folder):
-    for name, size in (("b.png", (33, 17)), ("c.png", (16, 16))):
+    for name, size in (("b.png", (33, 17)), ("c.png", (1, 16))):  # one pixel high
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
     code, out, err = call(folder, *LATENTS, "b.png", "c.png", "images", "--save-latents", "out.npz", "--output", "one")
     assert code == 0 and "images: out.npz" in out, err
@@ -258,6 +258,7 @@ def test_saved_latents_decode_to_the_reconstructions(folder):
         assert np.array_equal(np.array(Image.open(path))[4:4 + height, 8 + width:8 + 2 * width], image)
     for flags, words in ((("b.png", "--save-latents", "out.npz", "--output", "three"), "out.npz exists"),
                          (("--from-latents", "out.npz", "--output", "two"), "exists"),
+                         (("b.png", "--save-latents", "c.png", "--overwrite"), "must end in .npz"),
                          (("b.png", "--from-latents", "out.npz"), "give images, or --from-latents"),
                          ((), "give images, or --from-latents")):
         code, _, err = call(folder, *LATENTS, *flags)
@@ -268,6 +269,11 @@ def test_saved_latents_decode_to_the_reconstructions(folder):
 @pytest.mark.parametrize("change, words", [
     ({"model": "another"}, "another model"), ({"latents_0": np.full((4, 4), 99999)}, "do not fit"),
     ({"latents_0": np.full((4, 4), -1)}, "do not fit"), ({"sizes": np.array([[16, 99]])}, "do not fit"),
+    ({"latents_0": np.zeros((4, 4))}, "damaged"), ({"latents_0": np.zeros((4, 4, 1), int)}, "damaged"),
+    ({"sizes": np.array([[16., 16.]])}, "damaged"), ({"sizes": np.array([[16, 16]] * 2)}, "damaged"),
+    ({"sizes": np.array([[0, 0]]), "latents_0": np.zeros((0, 0), int)}, "damaged"),
+    ({"names": np.array(["a.png"] * 2), "sizes": np.array([[16, 16]] * 2), "latents_1": np.zeros((4, 4), int)},
+     "damaged"), ({"names": np.array(["a\0.png"])}, "damaged"),
     ({"names": np.array(["../x.png"])}, "damaged"), ({"names": np.array(["a.png", "b.png"])}, "damaged"),
     (b"no npz", "damaged"), (b"PK", "damaged"), (b"", "damaged")])
 def test_a_file_of_latents_that_does_not_fit_is_one_line(folder, change, words):
