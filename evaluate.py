@@ -137,30 +137,38 @@ def short_names(paths):
 
 
 def training_of(path, contents):
-    """How far a run was trained, and at what cost: from its results.json or, where it is not finished, its last.pt."""
+    """How far a run was trained, and at what cost: from its results.json, and its last.pt where that is further.
+
+    "finished" is None where there is neither: a best.pt alone says how far it is itself.
+    """
     results, last = (Path(path).with_name(name) for name in ("results.json", "last.pt"))
     recorded = checkpoint.load_json(results, fields.RESULTS) if results.exists() else {}
-    counters, run = contents["counters"], contents.get("run")  # which older files lack
-    if recorded.get("run", run) != run:
-        raise UserError(f"{path} is of another run than {results}: put its own back, or move it elsewhere")
-    counters = counters | {"epoch": counters["epoch"] + 1}  # a best.pt is kept within its epoch
-    finished = bool(recorded) and recorded["steps"] >= counters["step"]  # and not trained on since
-    if finished:
-        counters = {"epoch": recorded["epochs"], "step": recorded["steps"]}
-    elif last.exists():
-        counters = checkpoint.load(last, "vqvae", fields.STEP)["counters"]
-    return {"epochs": counters["epoch"], "steps": counters["step"], "finished": finished,
-            "asked_epochs": contents["args"].get("num_epochs"),
-            **{name: recorded.get(name, float("nan")) for name in ("ms_per_step", "peak_memory_mb")}}
+    kept = checkpoint.load(last, "vqvae", fields.LAST, "remove it, or put it back") if last.exists() else {}
+    run, counters = contents.get("run"), contents["counters"]  # older files lack the former
+    for file, found in ((results, recorded), (last, kept)):
+        if found.get("run", run) != run:
+            raise UserError(f"{path} is of another run than {file}: put its own back, or move it elsewhere")
+    of_epoch, recorded_steps = "batch" not in counters, recorded.get("steps", -1)  # a best.pt, kept within its epoch
+    training = {"epochs": counters["epoch"] + of_epoch, "steps": counters["step"], "finished": None,
+                **{name: recorded.get(name) for name in ("ms_per_step", "peak_memory_mb")}}
+    if recorded_steps >= counters["step"]:
+        training |= {"epochs": recorded["epochs"], "steps": recorded_steps, "finished": True}
+    if kept and kept["counters"]["step"] > recorded_steps:  # not finished, or trained on since
+        counters, args = kept["counters"], kept["args"]
+        done, asked, unit = (counters["seconds"] / 60, args["minutes"], "minutes") if args["minutes"] else (
+            counters["epoch"], args["num_epochs"], "epochs")
+        training |= {"epochs": counters["epoch"], "steps": counters["step"], "finished": done >= asked,
+                     "done": f"{round(done, 2):g} of {asked:g} {unit}"}
+    return training
 
 
 def warnings_of(results):
     """A line for each model that is unfinished, or trained for less than another."""
     longest = max(results, key=lambda name: results[name]["steps"])
     for name, figures in results.items():
-        if not figures["finished"]:
-            yield f"{name} is unfinished: {figures['epochs']} of {figures['asked_epochs']} epochs are done"
-        elif all(figures[unit] < results[longest][unit] for unit in ("steps", "epochs")):
+        if figures["finished"] is False:
+            yield f"{name} is unfinished: {figures['done']} are done"
+        elif figures["finished"] and all(figures[unit] < results[longest][unit] for unit in ("steps", "epochs")):
             yield f"{name} was trained for {figures['steps']} steps, {longest} for {results[longest]['steps']}"
 
 
@@ -229,7 +237,8 @@ def conventions_table(results):
 def cell(figures, key):
     """A figure with its interval or deviation, where it has one, and a mark where the judge trained the model."""
     name, _, judge = key.partition("/")
-    text = f"{figures[key]:.4g}" if isinstance(figures[key], float) else str(figures[key])
+    value = "–" if figures[key] is None else figures[key]  # a cost that no file keeps
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
     if f"{key}_interval" in figures:
         text += " [{:.4g}, {:.4g}]".format(*figures[f"{key}_interval"])
     if name == "kernel_distance":

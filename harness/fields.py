@@ -106,6 +106,8 @@ def _agree(contents):
 
 
 STEP = {"counters": {"epoch": whole(), "step": whole()}}
+LAST = {"counters": {"epoch": whole(), "step": whole(), "seconds": cost}, "args": {
+    "num_epochs": whole(1), "minutes": lambda value: value is None or cost(value)}}  # how far it is
 VQVAE = [STEP | {"data": DATA, "args": [{"skip_broken": bool}, _placed], "model_args": {"input_dim": whole(1)}}, _agree]
 OF_LATENTS = {"vqvae": {"path": text, "digest": text}, "images": several(whole(1), 3)}
 PRIOR = OF_LATENTS | {"data": DATA | {"labels": several(whole())}}

@@ -76,15 +76,29 @@ def test_differences_are_run_minus_baseline_whatever_the_order(folder):
 def test_a_model_that_is_unfinished_or_was_trained_for_less_is_named(folder):
     assert call(folder, "vqvae.py", *VQVAE, "--output-folder", "longer", "--num-epochs", "2")[0] == 0
     shutil.copytree(folder / "models" / "a", folder / "models" / "cut")
-    (folder / "models" / "cut" / "results.json").unlink()
-    code, out, err = call(folder, "evaluate.py", "--model", "models/a", "models/longer", "models/cut", "--no-features",
-                          "--device", "cpu", "--output", "uneven")
+    shutil.copytree(folder / "models" / "a", folder / "models" / "timed")
+    for name, asked in (("cut", {"num_epochs": 4}), ("timed", {"minutes": 2.})):  # more, and stopped with none better
+        path = folder / "models" / name / "last.pt"
+        contents = checkpoint.load(path, "vqvae")
+        contents["args"] |= asked
+        contents["counters"] |= {"epoch": 3, "step": 9, "seconds": 90.}
+        checkpoint.save(path, "vqvae", contents)
+    (folder / "models" / "shared").mkdir()
+    shutil.copy(folder / "models" / "a" / "best.pt", folder / "models" / "shared")  # no file says how far its run came
+    names = ("a", "longer", "cut", "timed", "shared")
+    code, out, err = call(folder, "evaluate.py", "--model", *(f"models/{name}" for name in names), "--no-features",
+                          "--device", "cpu", "--output", "uneven", "--data-folder", "images")
     assert code == 0, err
     assert [line for line in out.splitlines() if line.startswith("warning")] == [
-        "warning: a was trained for 3 steps, longer for 6",
-        "warning: cut is unfinished: 1 of 1 epochs are done"]
-    first = out.splitlines()[:5]
-    assert "epochs | steps" in first[0] and [line.split("|")[2].strip() for line in first[2:]] == ["1", "2", "1"]
+        "warning: a was trained for 3 steps, cut for 9", "warning: longer was trained for 6 steps, cut for 9",
+        "warning: cut is unfinished: 3 of 4 epochs are done", "warning: timed is unfinished: 1.5 of 2 minutes are done"]
+    first = out.splitlines()[:7]
+    assert "epochs | steps" in first[0] and [line.split("|")[2].strip() for line in first[2:]] == list("12331")
+    found = json.loads((folder / "uneven" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert found["models"]["shared"]["ms_per_step"] is None and " – " in out
+    shutil.copy(folder / "models" / "longer" / "last.pt", folder / "models" / "shared")
+    code, _, err = call(folder, "evaluate.py", "--model", "models/shared", "--data-folder", "images")
+    assert code == 2 and "best.pt is of another run than models/shared/last.pt" in err
 
 
 def test_a_split_and_a_runs_folder_are_taken_by_name(folder):
