@@ -151,10 +151,10 @@ class Source:
         facts, known = contents["data"], _folder_of(contents)
         _known(facts["name"])
         _refuse_folder(facts["name"], folder)
-        if not (folder or known):
+        if not (folder or known or facts["name"] == BUILT_IN):
             raise UserError(f"nothing next to {contents['path']} says where its images are: pass --data-folder")
         same = not folder or known and os.path.realpath(folder) == os.path.realpath(known)
-        return cls(folder or known, tuple(facts["size"]), download, contents["args"]["skip_broken"],
+        return cls(folder or known or "data", tuple(facts["size"]), download, contents["args"]["skip_broken"],
                    channels=facts["channels"], carved=facts["carved"] if same else "")
 
     def train_size(self):
@@ -363,7 +363,7 @@ def check_same(path, known, now):
               if name != "carved" and known[name] != now[name]]
     if differ:
         raise UserError(f"{path} was trained on other images: {textwrap.shorten('; '.join(differ), SHOWN)}: put them "
-                        "back as they were, or train anew (--overwrite)")
+                        "back as they were, with the same --memory where some are broken, or train anew (--overwrite)")
 
 
 def check_alike(models):

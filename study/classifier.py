@@ -19,6 +19,7 @@ from harness.errors import UserError
 EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY = 5, 128, 3e-3, 5e-2
 SHIFT = 1 / 8  # of a side: the furthest that a training image is moved
 LEAST_SIDE = 8  # pixels
+DO_WITHOUT = "do without it (--features classifier, --prior)"
 
 
 class Classifier(nn.Module):
@@ -36,8 +37,8 @@ class Classifier(nn.Module):
     def __init__(self, channels, n_classes, width=32):
         super().__init__()
         if n_classes < 2:
-            raise UserError(f"--features classifier needs a data set with at least two classes, this one has "
-                            f"{n_classes or 'none'}: leave it out")
+            raise UserError(f"a classifier needs a data set with at least two classes, this one has "
+                            f"{n_classes or 'none'}: {DO_WITHOUT}")
         self.features = 4 * width
         self.body = nn.Sequential(
             *_convolution(channels, width),
@@ -78,10 +79,11 @@ def open_classifier(data, source, folder="models", epochs=EPOCHS):
         model = Classifier(data.channels, len(data.classes))
     unknown = set(torch.cat([data.valid.labels, data.test.labels]).tolist()) - set(data.train.labels.tolist())
     if unknown:
-        raise UserError(f"--features classifier learns the classes of train, and valid or test have "
-                        f"{data.classes[min(unknown)]}, which train lacks: leave it out")
+        raise UserError(f"a classifier learns the classes of train, and valid or test have "
+                        f"{data.classes[min(unknown)]}, which train lacks: add images of it to train, or {DO_WITHOUT}")
     if min(data.size) < LEAST_SIDE:
-        raise UserError(f"--features classifier needs sides of at least {LEAST_SIDE} pixels, got {tuple(data.size)}")
+        raise UserError(f"a classifier needs sides of at least {LEAST_SIDE} pixels, got {tuple(data.size)}: "
+                        f"{DO_WITHOUT}")
     recipe = (datasets.fingerprint(data.name, source), len(data.train.labels), epochs, BATCH, PEAK_LR, WEIGHT_DECAY,
               SHIFT, str(model))
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]

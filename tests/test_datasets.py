@@ -319,6 +319,8 @@ def test_a_checkpoint_of_an_unknown_data_set_and_of_one_without_folder():
              "data": {"name": "photos", "size": [8, 8], "channels": 3, "carved": ""}}
     with pytest.raises(ValueError, match="reads no folder"):
         Source.of(facts, "images")
+    del facts["args"]["data_folder"]  # as in a best.pt alone
+    assert Source.of(facts).folder == "data"
     with pytest.raises(ValueError, match="'sunsets' is not known"):
         load("sunsets", Source.of(facts), 4)
 
