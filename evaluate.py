@@ -213,6 +213,8 @@ def table(results, setting):
                  "deviation over draws of N images")
     if any(figures["trained_through"] for figures in results.values()):
         text += f"; {OWN_JUDGE} judged by the network that the model was trained through"
+    if setting["judged"] and len(results) > 1:
+        text += f"; mean_of_judges: the geometric mean of the ratios of {', '.join(setting['judged'])}"
     differences = [key for key in keys if f"{key}_interval" in figures]
     ratios = [*setting["judged"], "mean_of_judges"] if setting["judged"] else []
     for sign, kind, columns in (("-", "difference", differences), ("/", "ratio", ratios)):

@@ -146,7 +146,12 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
         return self
 
     def encode(self, x):
-        """Latents (B, H/f, W/f) int64, f the downsampling, of images x (B, C, H, W) in [-1, 1]."""
+        """Latents (B, H/f, W/f) int64, f the downsampling, of images x (B, C, H, W) in [-1, 1].
+
+        Raises:
+            UserError: a side does not divide by the downsampling.
+        """
+        self.check_size(x.shape[2:], self.downsample)
         return self.codebook(self.encoder(x))
 
     def decode(self, latents):

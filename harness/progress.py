@@ -102,4 +102,4 @@ def warning(updates, remedy):
     """One line where a training has so few updates that it learns little, else nothing; `remedy` is what to pass."""
     return "" if updates >= FEW_UPDATES else (
         f"warning: {updates} updates are few: with less than about {FEW_UPDATES:,}, images stay blurry or noisy. Pass "
-        f"{remedy}, or a smaller --batch-size")
+        f"a smaller --batch-size, or {remedy}")

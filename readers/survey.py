@@ -1,6 +1,7 @@
 """What the headers of all images of a data set say: their size, grey or colour, and whether two splits share one."""
 import hashlib
 from array import array
+from collections import Counter
 from itertools import combinations
 
 import numpy as np
@@ -22,8 +23,9 @@ class Survey:
     """
 
     def __init__(self, splits, skip_broken=False):
-        self.first = self.other = self.colour = None  # (path, size) of the first and of one that differs; a path
-        self.colours, self.greys, self._noted = 0, 0, {}
+        self.first = self.other = None  # (path, size) of the first image and of one that differs
+        self.colour = self.grey = None  # the path of one
+        self.colours, self.greys, self._sizes, self._noted = 0, 0, Counter(), {}
         marks = {split: array("Q") for split in splits}
         images = [(split, path) for split, paths in splits.items() for path in paths]
         for (split, path), header in zip(images, probe_all([path for _, path in images])):
@@ -42,8 +44,9 @@ class Survey:
         self.first = self.first or (path, header.size)
         if header.size != self.first[1]:
             self.other = self.other or (path, header.size)
+        self._sizes[header.size] += 1
         if header.grey:
-            self.greys += 1
+            self.greys, self.grey = self.greys + 1, self.grey or path
         else:
             self.colours, self.colour = self.colours + 1, self.colour or path
         for note in header.notes:
@@ -55,6 +58,10 @@ class Survey:
             (first, one), (path, other) = self.first, self.other
             raise UserError(f"{path} is {other[0]}x{other[1]} but {first} is {one[0]}x{one[1]}: pass --image-size to "
                             "bring all images to one size")
+        small = sum(count for size, count in self._sizes.items() if wanted and any(map(int.__lt__, size, wanted)))
+        if small:
+            print(f"{small} of {self._sizes.total()} images are smaller than {wanted[0]}x{wanted[1]} and are enlarged: "
+                  "that adds no detail")
         return tuple(wanted or self.first[1])
 
     def channels(self, wanted=None):
@@ -62,7 +69,7 @@ class Survey:
         if wanted == 1 and self.colour:
             raise UserError(f"{self.colour} is a colour image, but the model is one of greyscale images")
         if not wanted and self.colours and self.greys:
-            print(f"{self.greys} images are grey and {self.colours} are not, such as {self.colour}: all are read as "
+            print(f"{self.greys} images are grey, such as {self.grey}, and {self.colours} are not: all are read as "
                   "colour")
         return wanted or (3 if self.colours else 1)
 

@@ -46,6 +46,8 @@ def test_shapes_of_square_and_oblong_images(channels, size):
     assert x_tilde.shape == x.shape and x_tilde.abs().max() <= 1
     assert z_e.shape == z_q.shape == (2, 8, size[0] // 4, size[1] // 4)
     assert model.decode(model.encode(x)).shape == x.shape
+    with pytest.raises(ValueError, match="must divide by 4"):
+        model.encode(x[..., 1:])
 
 
 @pytest.mark.parametrize("downsample", [8, 16])

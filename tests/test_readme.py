@@ -116,6 +116,7 @@ def test_every_command_runs(folder, monkeypatch, name):
             assert code == 0 and out, f"{' '.join(words)}\n{script} {' '.join(flags)}\n{err}"
             ran.add(" ".join(words))
     monkeypatch.chdir(folder)
+    Image.new("RGB", (30, 21)).save("photo.jpg")
     for block in fenced(PAGES[name], "python"):
         exec(block, {"images": torch.zeros(2, 3, 32, 32)})
 

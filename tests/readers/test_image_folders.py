@@ -21,6 +21,14 @@ def surveyed(paths, **how):
 
 # --- grey or colour, sizes
 
+def test_images_that_must_be_enlarged_are_counted(tmp_path, capsys):
+    survey = surveyed([*pictures(tmp_path / "small", 3, (8, 8)), *pictures(tmp_path / "large", 2, (20, 20))])
+    for wanted, small in (((8, 8), 0), ((8, 9), 3), ((20, 21), 5)):
+        assert survey.size(wanted) == wanted
+        said = f"{small} of 5 images are smaller than {wanted[0]}x{wanted[1]} and are enlarged: that adds no detail\n"
+        assert capsys.readouterr().out == said * bool(small)
+
+
 @pytest.mark.parametrize("colour", [0, 50, 299])
 @pytest.mark.parametrize("others", [99, 299])
 def test_one_colour_image_makes_a_set_colour_wherever_it_is(tmp_path, capsys, others, colour):
@@ -29,7 +37,8 @@ def test_one_colour_image_makes_a_set_colour_wherever_it_is(tmp_path, capsys, ot
     Image.new("RGB", (4, 4), (200, 0, 0)).save(path)
     data = open_folder(tmp_path, batch_size=1000)
     assert data.channels == 3
-    assert f"{others} images are grey and 1 are not, such as {path}: all are read as colour" in capsys.readouterr().out
+    grey = paths[0] if path != paths[0] else paths[1]
+    assert f"{others} images are grey, such as {grey}, and 1 are not: all are read as colour" in capsys.readouterr().out
     with pytest.raises(ValueError, match=f"{path} is a colour image, but the model is one of greyscale images"):
         load("folder", Source(str(tmp_path), channels=1), 4)
 
