@@ -3,7 +3,7 @@ import math
 from pathlib import Path
 
 import datasets
-from harness import checkpoint, cli, report, run
+from harness import checkpoint, cli, fields, report, run
 from harness.errors import UserError
 from study.tables import MEAN_OF_JUDGES
 
@@ -60,17 +60,18 @@ def read(folder):
         raise UserError(f"{path} compares a baseline with itself alone: leave it out")
     of_test = folder.name == "test" and not (folder / name).is_dir()  # whose runs lie in the folder above
     path = (folder.parent if of_test else folder) / name / "args.json"
-    with checkpoint.complete(path):
-        flags = checkpoint.load_json(path)
-        if flags["minutes"]:
-            raise UserError(f"{folder} was trained for minutes, the plot is over epochs: leave it out")
-        flags["num_epochs"] += 0  # a TypeError where it is text
+    flags = checkpoint.load_json(path, {"num_epochs": fields.whole(1), "minutes": object})
+    if flags["minutes"]:
+        raise UserError(f"{folder} was trained for minutes, the plot is over epochs: leave it out")
     return flags, gains
 
 
 def _numbers(estimate):
-    """(mean, low, high) of what a file keeps of an `Estimate`; TypeError where they are no numbers."""
-    return tuple(math.nan if estimate[part] is None else 0. + estimate[part] for part in ("mean", "low", "high"))
+    """(mean, low, high) of what a file keeps of an `Estimate`; TypeError where they are no numbers in this order."""
+    mean, low, high = (math.nan if estimate[part] is None else 0. + estimate[part] for part in ("mean", "low", "high"))
+    if low > mean or mean > high:
+        raise TypeError(f"its mean {mean} lies outside {low} to {high}")
+    return mean, low, high
 
 
 if __name__ == "__main__":

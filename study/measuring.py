@@ -48,7 +48,7 @@ def measure_runs(runs, split, networks, setting, jobs, threads):
     """
     kept = {key: run / f"compared-{setting['split']}-{'-'.join(networks)}.pt" for key, run in runs.items()}
     keys = {key: {"checkpoint": checkpoint.digest(run / "best.pt")} | setting for key, run in runs.items()}
-    missing = {key: run for key, run in runs.items() if not kept[key].exists() or _read(kept[key])["key"] != keys[key]}
+    missing = {key: run for key, run in runs.items() if not kept[key].exists() or not _read(kept[key], keys[key])}
     if missing:
         judges = [Judge(name, network, split) for name, network in networks.items()]
         if jobs > 1:  # processes, because two networks in threads of one slow each other down
@@ -57,13 +57,17 @@ def measure_runs(runs, split, networks, setting, jobs, threads):
         else:
             pool = ThreadPoolExecutor(1, initializer=_prepare, initargs=(split, judges, threads))
         in_turn(pool, jobs, "measured", missing, lambda key: (_measure_and_keep, missing[key], kept[key], keys[key]))
-    measured = {key: _read(path) for key, path in kept.items()}
+    measured = {key: _read(path, keys[key]) for key, path in kept.items()}
+    _check_alike({kept[key]: contents for key, contents in measured.items()})
     return ({key: contents["figures"] for key, contents in measured.items()},
             {key: contents["by_image"] for key, contents in measured.items()})
 
 
-def _read(path):
+def _read(path, key):
+    """What a file keeps under this key; None where it is of another, say an older version's."""
     try:
+        if checkpoint.load(path, "figures", {"key": dict})["key"] != key:
+            return None
         return checkpoint.load(path, "figures", [fields.FIGURES, _has_all])
     except UserError as error:
         raise UserError(f"{path} is damaged: delete it, and the run is measured again") from error
@@ -72,6 +76,17 @@ def _read(path):
 def _has_all(contents):
     """Whether figures that were kept have the metrics that their key names."""
     return set(contents["key"]["figures"]) & metrics.IMAGE_METRICS.keys() <= contents["figures"].keys()
+
+
+def _check_alike(measured):
+    """UserError where a file, of {path: contents}, keeps other figures than the first, or of fewer images."""
+    first, *others = [(path, set(kept["figures"]), set(kept["figures"]["terms"]),
+                       {name: len(values) for name, values in kept["by_image"].items()})
+                      for path, kept in measured.items()]
+    for other in others:
+        if other[1:] != first[1:]:
+            raise UserError(f"{first[0]} and {other[0]} keep other figures, or of other images: delete both, and the "
+                            "runs are measured again")
 
 
 _measuring = {}  # of a process that measures: the split and its judges

@@ -46,14 +46,18 @@ def test_bad_input_is_one_line(tmp_path):
     for name, flags in (("four", {}), ("again", {}), ("other", {"k": 16}), ("cut", {})):
         compared(tmp_path, name, 12 if name == "other" else 4, [1., 1.], **flags)
     (tmp_path / "models" / "cut" / "table.json").write_text("{}")
-    for name in ("damaged", "old"):
+    compared(tmp_path, "none", 0, [1., 1.])
+    for name, values in (("damaged", {"mean": "x"}), ("old", "+0 [+0, +0]"),
+                         ("turned", {"mean": 1, "low": 2, "high": 0})):
         compared(tmp_path, name, 4, [1., 1.])
         table = json.loads((tmp_path / "models" / name / "table.json").read_text())
-        table["against"][1]["psnr - baseline"] = {"mean": "x"} if name == "damaged" else "+0 [+0, +0]"
+        table["against"][1]["psnr - baseline"] = values
         (tmp_path / "models" / name / "table.json").write_text(json.dumps(table))
     for names, words in (("minutes", "for minutes"), ("alone", "with itself"), ("cut", "does not hold all"),
                          ("damaged", "does not hold all"), ("old", "does not hold all"),
-                         ("none", "none/table.json"), ("four again", "both of 4 epochs"), ("four other", "another k")):
+                         ("turned", "lies outside 2.0 to 0.0"), ("none", "its num_epochs is 0"),
+                         ("missing", "missing/table.json"), ("four again", "both of 4 epochs"),
+                         ("four other", "another k")):
         code, _, err = call(tmp_path, "study/lengths.py", *names.split())
         assert code == 2 and words in err and err.count("\n") == 1, err
     assert not (tmp_path / "lengths.png").exists()

@@ -36,19 +36,29 @@ def test_terms_that_do_not_take_the_images_say_why_and_a_bug_is_none_of_them(mon
 
 
 @pytest.mark.parametrize("change", [
-    {"figures": None}, {"figures": {}}, {"figures": {"psnr": "x"}}, {"figures": [1]}, {"key": {}}, {"key": None},
+    {"figures": None}, {"figures": {}}, {"figures": {"psnr": "x"}}, {"figures": [1]}, {"key": None},
     {"by_image": {"psnr": [1.]}}, {"by_image": {}}, {"by_image": {"psnr": torch.zeros(2), "ssim": torch.zeros(3)}}])
 def test_figures_that_were_kept_and_changed_are_one_line(tmp_path, change):
     whole = {"key": {"figures": ["psnr", "lpips"]}, "by_image": {"psnr": torch.zeros(2)}, "figures": dict.fromkeys(
         ("psnr", "ms_per_step", "peak_memory_mb", "train_seconds"), 1.) | {"terms": {}, "trained_through": None}}
     path = tmp_path / "kept.pt"
     checkpoint.save(path, "figures", whole)
-    assert measuring._read(path)["figures"]["psnr"] == 1
+    assert measuring._read(path, whole["key"])["figures"]["psnr"] == 1 and measuring._read(path, {"version": 0}) is None
     if change.get("figures") == {"psnr": "x"}:
         change = {"figures": whole["figures"] | change["figures"]}
     checkpoint.save(path, "figures", whole | change)
     with pytest.raises(UserError, match="kept.pt is damaged: delete it, and the run is measured again"):
-        measuring._read(path)
+        measuring._read(path, whole["key"])
+
+
+@pytest.mark.parametrize("change", [
+    {"figures": {"terms": {"mse": 1.}}}, {"figures": {"psnr": 1., "terms": {}}},
+    {"by_image": {"psnr": torch.zeros(2)}}])
+def test_runs_that_keep_other_figures_or_images_are_not_compared(change):
+    kept = {"figures": {"psnr": 1., "terms": {"mse": 1.}}, "by_image": {"psnr": torch.zeros(3)}}
+    measuring._check_alike({"a.pt": kept, "b.pt": kept})
+    with pytest.raises(UserError, match="a.pt and c.pt keep other figures"):
+        measuring._check_alike({"a.pt": kept, "b.pt": kept, "c.pt": kept | change})
 
 
 def test_figures_that_lack_a_metric_of_their_key_are_no_figures():
