@@ -4,11 +4,8 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import reprlib
-import struct
 import zipfile
-import zlib
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import count
@@ -24,8 +21,6 @@ TEMPORARY = ".vqvae.tmp"  # ending of what is being written
 _number = count()
 saved = []  # paths of a run's checkpoints that are written for sure, for what is said when this process fails
 FOLDER = 0x10  # the bit of a zip entry's attributes that makes it one
-_UNREADABLE = (OSError, zlib.error, struct.error, RuntimeError, pickle.UnpicklingError, EOFError, KeyError,
-               zipfile.BadZipFile, ValueError, AttributeError, TypeError, NotImplementedError)
 
 
 def write_atomic(path, data):
@@ -102,7 +97,9 @@ def load(path, kind, facts=None, remedy=None):
     with open(path, "rb") as file:
         try:
             contents = _read(file)
-        except _UNREADABLE as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # of many kinds: what is damaged says anything
             others = (path.with_name(name) for name in ("best.pt", "last.pt"))
             other = next((f"use another, such as {other}" for other in others if other != path and other.exists()),
                          "use another")
@@ -161,7 +158,9 @@ def kind_of(path):
     try:
         with open(path, "rb") as file:
             contents = _read(file)
-    except _UNREADABLE:
+    except MemoryError:
+        raise
+    except Exception:
         return None
     return contents.get("kind") if isinstance(contents, dict) else None
 

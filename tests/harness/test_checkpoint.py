@@ -1,6 +1,8 @@
 """Files are written whole or not at all, and read safely."""
 import fcntl
+import io
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,19 @@ def test_what_killed_writes_left_is_removed_and_what_is_being_written_is_not(tmp
     assert checkpoint.load_json(tmp_path / "results.json") and not held.exists()
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:len(data) // 2], lambda data: b"nothing"])
+def _pickled(code):
+    """A checkpoint whose checksums are right and whose pickle is this."""
+    def forge(_):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, data in (("data.pkl", code), ("version", b"3\n"), ("byteorder", b"little")):
+                archive.writestr(f"archive/{name}", data)
+        return file.getvalue()
+    return forge
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:len(data) // 2], lambda data: b"nothing",
+                                    _pickled(b"\x80\x02."), _pickled(b"\x80\x02h\x05.")])  # without a value
 def test_missing_damaged_or_foreign_files(tmp_path, damage):
     path = tmp_path / "a.pt"
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
