@@ -30,6 +30,7 @@ from harness.errors import UserError
 # Usage, in units of uniform, that a new code is credited with: a multiple of the threshold of restarts, so that it has
 # the time of ln 2.5 / (1 - decay) steps to earn the rest; so much where nothing restarts.
 _TRIAL, _TRIAL_WITHOUT_RESTARTS = 2.5, 0.05
+_MOST_FSQ_CODES = 2 ** 24  # more are searched for long, and counted in more memory than a model takes
 _EPS = 1e-5  # keeps the division by an average count, or by a length, of nothing finite
 
 
@@ -236,10 +237,10 @@ def fsq_levels(K):
     has zero among its levels, one of them would lie out of reach.
 
     Raises:
-        UserError: K is below 3.
+        UserError: K is below 3 or above `_MOST_FSQ_CODES`.
     """
-    if K < 3:
-        raise UserError(f"fsq needs at least 3 codes, got --k {K}")
+    if not 3 <= K <= _MOST_FSQ_CODES:
+        raise UserError(f"fsq has from 3 to {_MOST_FSQ_CODES:,} codes, got --k {K}")
     found, longer = [], [(level,) for level in range(3, 9)]
     while longer:
         found += longer

@@ -228,8 +228,9 @@ def test_levels_come_as_near_as_any_product_of_them():
         assert abs(math.prod(levels) - K) == min(abs(number - K) for number in reachable - {1})
         assert fsq_levels(math.prod(levels)) == levels  # so that a checkpoint's K builds the same model
     assert [fsq_levels(K) for K in (512, 1000, 4096)] == [(8, 8, 8), (8, 5, 5, 5), (8, 8, 8, 8)]
-    with pytest.raises(ValueError, match="at least 3"):
-        fsq_levels(2)
+    for K in (2, 2 ** 63 - 1):
+        with pytest.raises(ValueError, match="from 3 to 16,777,216 codes"):
+            fsq_levels(K)
 
 
 def test_every_level_is_reached_and_zero_is_one_of_them():
