@@ -36,7 +36,9 @@ class Rebuilt:
             check(args, {name: right[name] for name in right if name in args}, "model_args")
             with torch.device("meta"):  # which builds nothing: other arguments than the weights' may ask for any memory
                 for name, value in cls(**args).state_dict().items():
-                    if name in weights and weights[name].shape != value.shape:
+                    if name not in weights:
+                        raise TypeError(f"its model has no {name}")
+                    if weights[name].shape != value.shape:
                         raise TypeError(f"its {name} is {tuple(weights[name].shape)}, not {tuple(value.shape)}")
             model = cls(**args)
             model.load_state_dict(weights)

@@ -58,7 +58,7 @@ def test_a_checkpoint_that_lacks_a_fact(folder, keys, value):  # noqa: F811
     ("model_args.quantizer", "magic", "the quantizer must be one of"), ("model_args.restart_below", 7, "restart_below"),
     ("model_args.decay", float("nan"), "its decay is nan"), ("counters.epoch", -1, "its epoch is -1"),
     ("counters.step", "many", "its step is 'many'"), ("counters", [], "its counters is []"),
-    ("format", -5, "format -5"), ("format", True, "format True"), ("model", [], BEST), ("model", {}, "Missing key")])
+    ("format", -5, "format -5"), ("format", True, "format True"), ("model", [], BEST), ("model", {}, "has no enc")])
 def test_a_forged_checkpoint(folder, keys, value, words):  # noqa: F811
     change(folder, keys, value)
     for name in ("evaluate", "prior"):
