@@ -1,5 +1,6 @@
 """Images in memory or in files -> batches on the device, in an order that depends on seed and epoch alone."""
 import copy
+from itertools import islice
 
 import numpy as np
 import torch
@@ -149,6 +150,8 @@ class Batches:
         for batch, *_ in plan:
             images, kept = next(decoded)
             skipped += len(batch) - len(kept)
+            if not len(kept) and self.shuffle:  # training counts its batches
+                images, batch, kept = self._others(len(batch))
             if not len(kept) and self.world > 1:
                 raise UserError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
             yield self._sent(images, self.labels[batch[kept]]) if len(kept) else (None, None)
@@ -157,6 +160,14 @@ class Batches:
         if skipped > self.skipped:  # once, not every epoch
             print(f"skipped {skipped} broken images of {len(self.labels)}")
             self.skipped = skipped
+
+    def _others(self, count):
+        """In place of a batch whose images are all broken: the first `count` that are not, their numbers and places."""
+        whole = list(islice(((number, image) for number, image in enumerate(self.images) if image is not None), count))
+        if not whole:
+            raise UserError(f"none of {len(self.labels)} images decodes, the first is {self.images.paths[0]}")
+        numbers, images = zip(*whole)
+        return stack(images)[0], torch.tensor(numbers), torch.arange(len(numbers))
 
     def _endless(self, epoch, start):
         """Lists of indices: the batches of an epoch and, in training, of those after it."""

@@ -24,6 +24,19 @@ def test_epochs_differ_repeat_exactly_and_start_anywhere(tmp_path):
     assert whole[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_batch_of_broken_images_counts(tmp_path):
+    pictures(tmp_path, 9)
+    paths = sorted(tmp_path.rglob("*.png"))
+    for path in paths[:5]:
+        path.write_bytes(b"broken")
+    train = Batches(ImageFiles(paths, (16, 16), 3, skip_broken=True), torch.arange(9), 2, shuffle=True, seed=5)
+    broken = [n for n, (batch, *_) in enumerate(train._plan(0)) if max(batch.tolist()) < 5]
+    whole = [labels.tolist() for _, labels in train.epoch(0)]
+    assert broken and len(whole) == len(train) == 4 and all(whole[n] == [5, 6] for n in broken)
+    for start in range(4):
+        assert [labels.tolist() for _, labels in train.epoch(0, start)] == whole[start:]
+
+
 def test_flips_mirror_about_half_of_the_images_left_to_right():
     pixels = torch.arange(4, dtype=torch.uint8).view(1, 1, 4, 1).expand(400, 1, 4, 1).contiguous()
     x = next(iter(Batches(pixels, torch.zeros(400), 400, flip=True)))[0]
