@@ -120,15 +120,23 @@ def adam(parameters, lr, betas=(0.9, 0.999)):
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.Adam(learned, lr=torch.tensor(lr, device=device) if on_gpu else lr, betas=betas,
                                  fused=device.type != "mps", capturable=on_gpu)
-    optimizer.register_load_state_dict_pre_hook(_with_settings_of_this_device)
+    optimizer.register_load_state_dict_pre_hook(_with_settings_of_this_run)
+    optimizer.register_load_state_dict_post_hook(_check_state)
     return optimizer
 
 
-def _with_settings_of_this_device(optimizer, state):
-    """A saved state of Adam with what depends on the device as it is here: the run may have begun on another."""
-    groups = [saved | {name: here[name] for name in ("lr", "fused", "capturable")}
-              for saved, here in zip(state["param_groups"], optimizer.param_groups)]
-    return state | {"param_groups": groups}
+def _with_settings_of_this_run(optimizer, state):
+    """A saved state of Adam with the settings that it has here: the run may have begun on another device."""
+    return state | {"param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _check_state(optimizer):
+    """TypeError where a loaded state of Adam does not fit its parameters: its next step might end the process."""
+    for parameter, state in optimizer.state.items():
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        right = tuple(parameter.shape)
+        if shapes != {"step": (), "exp_avg": right, "exp_avg_sq": right}:
+            raise TypeError(f"its optimizer has {shapes} for a parameter of {right}")
 
 
 def set_lr(optimizer, lr):

@@ -12,7 +12,7 @@ from harness import checkpoint, cli, distributed, fields
 from harness.errors import UserError
 from harness.images import RUN_FOLDERS
 
-WHERE = ("data_folder",)  # flags that say where the data of a run are, which is nobody's business but its own
+WHERE = ("data_folder", "frozen_codebook")  # flags that say where a run's files are: nobody's business but its own
 
 
 def run_folder(parent, name):
@@ -109,7 +109,7 @@ def made_with():
 
 
 def lost_best(folder, last):
-    """What has become of the best.pt of a run; None where it is as it was, or none was kept yet.
+    """What has become of the best.pt of a run; None where it goes with last.pt, or none was kept yet.
 
     last: contents of its last.pt.
     Raises:
@@ -125,16 +125,25 @@ def lost_best(folder, last):
     except UserError:
         return "is damaged"
     with checkpoint.complete(path):
-        ahead = best["counters"]["step"] > last["counters"]["step"]  # of a run that was killed before it saved last.pt
+        ahead = best["counters"]["step"] > last["counters"]["step"]
         same = best.get("run") == last.get("run") and (ahead or best["best"] == last["best"])
     if not same:
         raise UserError(f"{path} is not the one that {folder / 'last.pt'} goes with, but of another run or epoch: put "
                         "its own back, or delete it")
-    return None
+    if ahead:  # the run was killed before it saved last.pt, and may go on otherwise
+        return "is ahead of last.pt"
+    return None if _alike(best.get("model"), last["model"]) else "is damaged"
+
+
+def _alike(weights, others):
+    """Whether these are finite weights with the names and shapes of the others."""
+    return isinstance(weights, dict) and weights.keys() == others.keys() and all(
+        torch.is_tensor(weights[name]) and weights[name].shape == value.shape and bool(weights[name].isfinite().all())
+        for name, value in others.items())
 
 
 def shared(args, command):
-    """Flags and command line of a run without those that say where its data are: what best.pt has, which is shared."""
+    """Flags and command line of a run without those that say where its files are: what best.pt has, which is shared."""
     flags, kept, words = [f"--{name.replace('_', '-')}" for name in WHERE], [], iter(command)
     for word in words:
         if word in flags:

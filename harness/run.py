@@ -81,8 +81,7 @@ class Run:
             self._mend_best()
         self._logged = max(0, self.step - 1)  # step that curves are at: of the batch at hand, or of the last one
         self.curves = None if distributed.rank() else self._open_files()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._catch)
+        self._handlers = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _go_on(self):
         """Take counters, state and random numbers from the checkpoint."""
@@ -95,11 +94,13 @@ class Run:
             self.batch = done // (args.batch_size * distributed.world_size())
             self.batch -= self.batch % args.accumulate
         checkpoint.restore(self.state, self.resumed)
+        if self.step >= args.accumulate and not self.state["optimizer"].state:
+            raise TypeError("its optimizer has no state")
         checkpoint.set_random_state(self.resumed["random"])
         print(f"resuming {self.models / 'last.pt'} at epoch {self.epoch + 1}, step {self.step}")
 
     def _mend_best(self):
-        """Where best.pt was lost, save it anew if the last epoch is the best one, else leave it to the next epochs."""
+        """Where best.pt was lost or is ahead, save it anew if the last epoch is the best, else leave it to the next."""
         what = lost_best(self.models, self.resumed)
         if not distributed.mean(what is not None):  # all have looked before one writes
             return
@@ -110,11 +111,11 @@ class Run:
             self.epoch += 1
             print(f"{lost}: it is saved anew from last.pt, whose epoch is the best")
         elif self._is_done():
-            raise UserError(f"{lost}, last.pt is of a later epoch, and none is left to train: pass a larger "
+            raise UserError(f"{lost}, last.pt not of the best epoch, and none is left to train: pass a larger "
                             "--num-epochs, or --overwrite to train anew")
         else:
             self.best = self.best_step = None
-            print(f"{lost}, and last.pt is of a later epoch: the best of the epochs from {self.epoch + 1} on is kept")
+            print(f"{lost}, and last.pt not of the best epoch: the best of the epochs from {self.epoch + 1} on is kept")
 
     def _open_files(self):
         """The curves, taken back to this step; what an earlier run left is removed once nothing can fail."""
@@ -142,17 +143,22 @@ class Run:
             self.epoch, self.batch = self.epoch + 1, 0
             self.save("last.pt")
             self._stop_if_asked()
+        for number, handler in self._handlers.items():  # what comes now is measured once more by --resume
+            signal.signal(number, handler)
         self._logged = self.step  # of the last report: taken back, as is all from here on, where the run goes on
 
     def batches(self, loader):
         """Batches of the current epoch still to do, and how far they are; stops on SIGINT and SIGTERM."""
-        batches, size = len(loader), loader.sizes()[0]
+        sizes = loader.sizes()
+        batches, size = len(sizes), sizes[0]
+        if self.batch > batches:
+            raise UserError(f"{self.models / 'last.pt'} is damaged, it goes on at batch {self.batch} of {batches}: "
+                            "--overwrite trains anew")
         if not self._pace:
             self._announce(batches)
         self._started = time.perf_counter()
         self._tally.restart()
-        with progress.Progress(self._epoch_name(), len(loader.labels), "images",
-                               self.batch * loader.batch_size) as self._bar:
+        with progress.Progress(self._epoch_name(), sum(sizes), "images", sum(sizes[:self.batch])) as self._bar:
             for x, label in loader.epoch(self.epoch, self.batch):
                 of_update, self._due = update_of(self.batch, batches, self.args.accumulate)
                 # The processes' shares of a batch, whose gradients are averaged, may differ in size.
@@ -160,9 +166,9 @@ class Run:
                 self._tally.step.fill_(self.step)
                 self._logged, self._log_due = self.step, self._is_logged(batches)
                 yield x, label
-                self.batch, self.step = self.batch + 1, self.step + 1
+                done, self.batch, self.step = sizes[self.batch], self.batch + 1, self.step + 1
                 self._pace.step()
-                self._bar.add(loader.batch_size, ", ".join(filter(None, (self._value, self._time_left()))))
+                self._bar.add(done, ", ".join(filter(None, (self._value, self._time_left()))))
                 self._forecast()
                 if self._out_of_time():
                     break
@@ -207,21 +213,24 @@ class Run:
     def _announce(self, batches):
         """Say how many updates of so many batches an epoch the training has, and warn where they are few."""
         self._pace, self._length, accumulate = progress.Pace(time.perf_counter), batches, self.args.accumulate
-        updates, done = -(-batches // accumulate), self.step // accumulate
+        updates = -(-batches // accumulate)
         if self.args.minutes:
             print(f"{updates} updates an epoch, for {self.args.minutes:g} minutes", flush=True)
         else:
-            print(progress.plan(updates, self.args.num_epochs, done), flush=True)
+            print(progress.plan(updates, self.args.num_epochs, self._updates_done()), flush=True)
+
+    def _updates_done(self):
+        accumulate = self.args.accumulate
+        return self.epoch * -(-self._length // accumulate) + self.batch // accumulate
 
     def _forecast(self):
         """Say once, as soon as it is known, how long the training will take."""
         if self._foretold or self._pace.timed() < SOON:
             return
-        self._foretold, accumulate = True, self.args.accumulate
-        each = self._pace.seconds() * accumulate
+        self._foretold, each = True, self._pace.seconds() * self.args.accumulate
         progress.say(f"{self._time_left() or 'nearly done'}, {each:.2g} s an update")
         if self.args.minutes:
-            updates = self.step // accumulate + round(self._seconds_left() / each)
+            updates = self._updates_done() + round(self._seconds_left() / each)
             progress.say(progress.warning(updates, "a larger --minutes"))
 
     def _seconds_left(self):

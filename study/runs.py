@@ -14,6 +14,7 @@ from threading import Event
 
 from harness import checkpoint, fields
 from harness.errors import UserError
+from harness.folder import WHERE
 from harness.progress import duration
 from study import mixes
 
@@ -123,7 +124,7 @@ def differences(contents, command):
     """
     (script, then), (other, now) = ((words[0], mixes.given(words)) for words in (contents["command"], command))
     differ = [] if script == other else [f"{script}, now {other}"]
-    unknown = set() if "data_folder" in contents["args"] else {"--data-folder"}  # which best.pt does not say
+    unknown = {f"--{name.replace('_', '-')}" for name in WHERE if name not in contents["args"]}  # as best.pt has it
     for flag in sorted({*then, *now} - PLACE - unknown):
         if flag not in then:  # whose default may be what is now given
             default = contents["args"].get(flag[2:].replace("-", "_"))

@@ -113,15 +113,37 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:3000])
 
 
-@pytest.mark.parametrize("script, damage", [("vqvae.py", lose), ("vqvae.py", cut), ("vqgan.py", lose),
-                                            *((script, empty) for script in LATENT)])
+def change(**entries):
+    """Give a checkpoint other entries."""
+    return lambda path: torch.save(torch.load(path) | entries, path)
+
+
+def diverge(path):
+    contents = torch.load(path)
+    contents["model"]["encoder.0.bias"][0] = torch.nan
+    torch.save(contents, path)
+
+
+def get_ahead(path):
+    """As where the run was killed before it saved last.pt."""
+    contents = torch.load(path)
+    change(counters=contents["counters"] | {"step": contents["counters"]["step"] + 1}, best=-1.)(path)
+
+
+WHAT = {lose: "gone", get_ahead: "ahead of last.pt"}  # else damaged
+
+
+@pytest.mark.parametrize("script, damage", [
+    ("vqvae.py", lose), ("vqvae.py", cut), ("vqgan.py", lose), *((script, empty) for script in LATENT),
+    ("vqvae.py", get_ahead), ("vqvae.py", diverge), ("vqvae.py", change(model=None)),
+    *((script, change(model={"x": torch.zeros(1)})) for script in LATENT)])
 def test_a_lost_best_epoch_is_saved_anew_where_it_is_the_last(folder, script, damage):
     run = start(folder, script, 1, *(("--average-weights", "0.9") if script == "vqvae.py" else ()))
     kind = torch.load(run / "last.pt")["kind"]
     before = checkpoint.load(run / "best.pt", kind)
     damage(run / "best.pt")
     code, out, err = train(folder, script, *(("--average-weights", "0.9") if script == "vqvae.py" else ()))
-    assert code == 0 and "best.pt is " + ("gone" if damage is lose else "damaged") in out and "saved anew" in out, err
+    assert code == 0 and f"best.pt is {WHAT.get(damage, 'damaged')}: it" in out and "saved anew" in out, err
     after = checkpoint.load(run / "best.pt", kind)
     assert after.keys() == before.keys() and after["counters"] == before["counters"]
     assert all(torch.equal(after["model"][name], value) for name, value in before["model"].items())
@@ -135,10 +157,10 @@ def test_a_lost_best_epoch_before_the_last_is_replaced_by_one_to_come(folder):
     torch.save(last, run / "last.pt")
     lose(run / "best.pt")
     before = {path: path.read_bytes() for path in run.glob("*.*")}
-    refuses(train(folder, epochs=2), "best.pt is gone, last.pt is of a later epoch, and none is left to train")
+    refuses(train(folder, epochs=2), "best.pt is gone, last.pt not of the best epoch, and none is left to train")
     assert before == {path: path.read_bytes() for path in run.glob("*.*")}
     code, out, err = train(folder, epochs=3)
-    assert code == 0 and "best.pt is gone, and last.pt is of a later epoch: the best of the epochs from 3" in out, err
+    assert code == 0 and "best.pt is gone, and last.pt not of the best epoch: the best of the epochs from 3" in out, err
     assert checkpoint.load(run / "best.pt", "vqvae")["counters"]["epoch"] == 2
 
 
@@ -163,12 +185,21 @@ def test_an_evaluation_notices_the_best_epoch_of_another_run(folder):
     assert call(folder, *evaluate, "elsewhere.pt", "--data-folder", "images")[0] == 0
 
 
-@pytest.mark.parametrize("script", ["vqvae.py", *LATENT])
-@pytest.mark.parametrize("model", [None, [], {}, {"x": torch.zeros(1)}])
-def test_a_best_epoch_without_its_weights_is_one_line_at_the_end(folder, script, model):
-    run = start(folder, script)
-    torch.save(torch.load(run / "best.pt") | {"model": model}, run / "best.pt")
-    refuses(train(folder, script), "models/a/best.pt does not hold all that it should")
+# --- a last.pt that would train otherwise than the run did
+
+@pytest.mark.parametrize("keys, value, words", [
+    ("optimizer.state", {}, "its optimizer has no state"), ("optimizer.state.0.exp_avg", torch.zeros(3), "(3,)"),
+    ("counters.batch", 9, "goes on at batch 9 of 1"), ("counters.step", 2 ** 63 - 1, "its step is"),
+    ("args.3", 4, "its args is")])
+def test_a_forged_last_epoch(folder, keys, value, words):
+    run = start(folder, "vqvae.py")
+    contents = inner = torch.load(run / "last.pt")
+    *outer, last = (int(key) if key.isdecimal() else key for key in keys.split("."))
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    torch.save(contents, run / "last.pt")
+    refuses(train(folder, epochs=2), "models/a/last.pt", words)
 
 
 # --- what best.pt says, and what it does not

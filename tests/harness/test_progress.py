@@ -86,7 +86,7 @@ def test_a_run_says_its_updates_and_warns_of_few(folder):
     assert plan == "2 updates an epoch x 2 epochs = 4 updates" and "--num-epochs 500" in warning and \
         "--batch-size" in warning and warning.startswith("warning: 4 updates are few")
     code, out, _ = call(folder, "vqvae.py", *SMALL, "--num-epochs", "3", "--accumulate", "3", "--resume")
-    assert "2 updates an epoch x 3 epochs = 6 updates, 2 of them done" in out
+    assert "2 updates an epoch x 3 epochs = 6 updates, 4 of them done" in out
     assert "warning" not in progress.plan(100, 10) and "warning" in progress.plan(99, 10)
 
 

@@ -436,6 +436,11 @@ def test_ctrl_c_before_training_is_silent(capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == ""
 
 
+def test_ctrl_c_while_the_best_epoch_is_measured_ends_the_run(folder, monkeypatch):
+    monkeypatch.setattr("experiment.report", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert run(folder, "--num-epochs", "1")[0] == 130
+
+
 # --- checkpoints
 
 @pytest.fixture
