@@ -242,6 +242,7 @@ SUBJECTS = {
     "vq-16384x64": _search(16384, 16384, 64),
     "training-step": steps.training_step,
     "training-step-64": steps.training_step_64,
+    "recipes": steps.recipes,
     "compiled-step": steps.compiled_step,
     "throughput-32x128": steps.throughput(32, 128),
     "throughput-32x1024": steps.throughput(32, 1024),

@@ -261,7 +261,8 @@ def training(device, small):
         calls = {"plain loop, TF32": plain(),
                  "vqvae.py --no-graph": steps.Training(images, *flags, "--no-graph"),
                  "vqvae.py": steps.Training(images, *flags),
-                 "recommended": steps.Training(images, *flags, *steps.RECOMMENDED)}
+                 "recommended": steps.Training(images, *flags, *steps.RECOMMENDED),
+                 "recommended-photos": steps.Training(images, *flags, "--recipe", "recommended-photos")}
         if not rows:
             calls |= {"vqvae.py --compile": steps.Training(images, *flags, "--compile"),
                       "recommended --compile": steps.Training(images, *flags, *steps.RECOMMENDED, "--compile"),

@@ -51,7 +51,7 @@ class Training:
         self.model = model = model.to(device, memory_format=torch.channels_last).train()
         self.optimizer = experiment.build_optimizer(args, model)
         self.averaged = experiment.average_of(model, self.optimizer, args.average_weights)
-        self.images, self.ready = endless(batches), functools.partial(filled, model)
+        self.batches, self.ready = endless(batches), functools.partial(filled, model)
 
         def losses(x):
             with half():
@@ -60,7 +60,7 @@ class Training:
             return x_tilde, reconstruction, (reconstruction + F.mse_loss(z_q, z_e.detach().float())
                                              + args.beta * F.mse_loss(z_e.float(), z_q.detach()))
         self.losses = compiled(losses, self.ready) if args.compile else losses
-        criterion.check(next(self.images))
+        criterion.check(next(self.batches))
         self.step = self.one_step(self.update, self.optimizer)
 
     def one_step(self, step, *optimizers):
@@ -74,7 +74,7 @@ class Training:
         return {"loss": loss.detach()}
 
     def __call__(self):
-        return self.step(next(self.images))
+        return self.step(next(self.batches))
 
     def weights(self):
         """Copies of all that has learned."""
@@ -157,6 +157,13 @@ def training_step_64(device):
         keep_freed_memory()
     return {"memory returned": (returning_memory, 1 / STEPS_A_CALL),
             "vqvae.py --hidden-size 64": (step, 1 / STEPS_A_CALL)}
+
+
+def recipes(device):
+    """A step of the recipes at hidden size 64, on 16 photographs of 64x64."""
+    batches = load("photos", Source(image_size=(64, 64)), 16, device).train
+    return {f"--recipe {name}": Training(batches, "--recipe", name, "--hidden-size", 64)
+            for name in ("tuned-mse", "recommended", "recommended-photos")}
 
 
 def _times(step, images=0, flops=0):

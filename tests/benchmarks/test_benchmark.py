@@ -126,6 +126,13 @@ def test_throughput_counts_images_and_operations(monkeypatch):
     assert 2 * first < last < 200 * first
 
 
+def test_a_single_step_has_a_time_and_no_throughput():
+    cpu = torch.device("cpu")
+    step = steps.Training(steps.noise(4, 8, cpu), "--hidden-size", 4, "--k", 8)
+    (row,) = benchmark.measure({"step": step}, 1, cpu).values()
+    assert row["ms"] > 0 and "images_per_s" not in row
+
+
 def test_a_call_that_finds_no_memory_is_left_out(capsys):
     def greedy():
         raise torch.OutOfMemoryError("CUDA out of memory")
