@@ -26,7 +26,8 @@ def parse_args():
     parser.add_argument("--baseline", type=cli.path, metavar="RUN", help="the run that the others are compared with: "
                         "differences are run - baseline, ratios run / baseline (default the first of --model)")
     parser.add_argument("--data-folder", type=cli.path, help="where the images are (default the first model's)")
-    parser.add_argument("--split", choices=datasets.SPLITS, default="test", help="(default %(default)s)")
+    parser.add_argument("--split", choices=datasets.SPLITS, default="valid",
+                        help="where to measure: choose on valid, look at test once (default %(default)s)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--features", nargs="+", choices=FEATURES, default=["effnet-lite0"], metavar="NETWORK",
                        help=f"networks that judge, of {', '.join(FEATURES)}: by the paired, kernel, Fréchet and "

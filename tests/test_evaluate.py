@@ -33,7 +33,8 @@ def folder(tmp_path_factory):
 
 
 def test_one_table_picture_and_file_of_several_models(folder):
-    code, out, err = call(folder, "evaluate.py", "--model", "models/a/best.pt", "models/b/best.pt", "--device", "cpu")
+    code, out, err = call(folder, "evaluate.py", "--model", "models/a/best.pt", "models/b/best.pt", "--split", "test",
+                          "--device", "cpu")
     assert code == 0, err
     found = json.loads((folder / "evaluation" / "results.json").read_text())
     assert set(found["models"]) == {"a", "b"} and found["setting"]["images"] == 6
@@ -68,6 +69,7 @@ def test_differences_are_run_minus_baseline_whatever_the_order(folder):
     code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--baseline", "models/b", "--no-features",
                           "--device", "cpu", "--output", "against")
     assert code == 0 and "| run - b " in out and "run / b" not in out and "warning" not in out, err
+    assert "valid split" in out  # test is asked for by name
     found = json.loads((folder / "against" / "results.json").read_text())["models"]
     assert list(found) == ["b", "a"]
     assert found["a"]["psnr_difference"][0] == pytest.approx(found["a"]["psnr"] - found["b"]["psnr"])
