@@ -1,4 +1,6 @@
 """What a person looks at: tables, plots, and pictures of images side by side."""
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,11 +47,13 @@ def _one_line(text):
 def size_of(model, *inputs):
     """One line: the parameters of a model, and the multiply-adds of its forward pass on the inputs of one image.
 
-    Products of matrices and convolutions are counted, in eval mode; nothing of the model changes.
+    Products of matrices, convolutions and the search of the nearest codes are counted, in eval mode; nothing of the
+    model changes.
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, because it takes long to import
+    search = {torch.ops.kernels.nearest: lambda x, codebook, **_: 2 * math.prod(x) * codebook[0]}  # shapes
     was_training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=search) as counter:
         model.eval()(*inputs)
     model.train(was_training)
     count, products = sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() / 2e6

@@ -12,6 +12,7 @@ from torch import nn
 from harness import progress, report
 from harness.run import Run
 from modules import GatedPixelCNN, VectorQuantizedVAE
+from quantizers import VQEmbedding
 
 SMALL = ["--data-folder", "images", "--hidden-size", "4", "--k", "8", "--batch-size", "8", "--device", "cpu"]
 
@@ -133,6 +134,7 @@ def test_parameters_and_multiply_adds_are_those_counted_by_hand():
     line = report.size_of(model.train(), torch.zeros(1, 3, 64, 64))
     assert line == f"model: {parameters} parameters, {products / 1e6:.2g} million multiply-adds an image"
     assert model.training and model[1].num_batches_tracked == 0
+    assert " 2.0 million multiply-adds" in report.size_of(VQEmbedding(125, 64), torch.zeros(1, 64, 10, 25))
 
 
 @pytest.mark.parametrize("model, inputs", [
