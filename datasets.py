@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from harness import checkpoint, cli, distributed
+from harness import checkpoint, cli, distributed, fields
 from harness.batches import Batches
 from harness.errors import UserError
 from harness.images import ImageFiles, find_files, holds_image
@@ -166,7 +166,7 @@ def _folder_of(contents):
     """The folder of the images of a checkpoint, None where nothing says so: best.pt leaves that to args.json."""
     args, path = contents["args"], contents.get("path")
     if path and "data_folder" not in args and Path(path).with_name("args.json").exists():
-        args = checkpoint.load_json(Path(path).with_name("args.json"), {"data_folder": str})
+        args = checkpoint.load_json(Path(path).with_name("args.json"), {"data_folder": fields.path})
     return args.get("data_folder")
 
 

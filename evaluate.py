@@ -268,7 +268,7 @@ def evaluate_prior(args, device):
     classes = ckpt["data"]["classes"]
     if not classes:
         raise UserError(f"{path} was trained on a data set without classes: there is nothing to agree on")
-    check_vqvae(prior_ckpt, path)
+    check_vqvae(prior_ckpt, path, ckpt["model_args"].get("K"))
     source = datasets.Source.of(ckpt, args.data_folder)
     data, _ = open_judged(ckpt["data"]["name"], source, {path: ckpt}, (), device, args.batch_size, args.num_workers)
     check_classes(data, classes, source.folder)  # before a classifier learns others

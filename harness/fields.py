@@ -4,9 +4,11 @@ Whoever opens such a file has `harness.checkpoint` check it against its part of 
 is the format of these files, and all that the harness knows of what is trained.
 """
 import math
+import reprlib
 
 import torch
 
+from harness.checkpoint import check
 from harness.cli import MOST_PIXELS
 
 MOST_LAYERS, MOST_BLOCKS, MOST_CODES = 1000, 100, 1024  # of a PixelCNN; of a decoder's scale; for an image
@@ -32,6 +34,10 @@ def several(right, count=None):
 
 def text(value):
     return isinstance(value, str)
+
+
+def path(value):
+    return text(value) and "\0" not in value
 
 
 def names(value):
@@ -75,10 +81,10 @@ def latents(value):
 
 # --- the table
 
-SIZE = several(whole(1, MOST_PIXELS), 2)
+SIZE, DOWNSAMPLE = several(whole(1, MOST_PIXELS), 2), one_of(4, 8, 16)
 MODEL_ARGS = {  # of each network, where its constructor has such an argument
     "VectorQuantizedVAE": {
-        "input_dim": one_of(1, 3), "dim": whole(1), "K": whole(1), "downsample": one_of(4, 8, 16),
+        "input_dim": one_of(1, 3), "dim": whole(1), "K": whole(1), "downsample": DOWNSAMPLE,
         "quantizer": text, "fine_blocks": whole(0, MOST_BLOCKS), "decay": share, "data_init": bool,
         "restart_below": share},
     "GatedPixelCNN": {"input_dim": whole(1), "dim": whole(1), "n_layers": whole(1, MOST_LAYERS), "n_classes": whole(),
@@ -97,7 +103,7 @@ DATA = {"name": text, "channels": one_of(1, 3), "size": SIZE, "classes": several
 
 
 def _placed(args):
-    return text(args.get("data_folder", ""))  # which a best.pt lacks
+    return path(args.get("data_folder", ""))  # which a best.pt lacks
 
 
 def _agree(contents):
@@ -106,6 +112,18 @@ def _agree(contents):
     if data["channels"] != model["input_dim"] or asked not in (None, data["name"]):
         raise TypeError(f"its data are {data['name']} of {data['channels']} channels, it was trained on "
                         f"{asked or 'data'} of {model['input_dim']}")
+    factor = model.get("downsample", 4)
+    check(factor, DOWNSAMPLE, "downsample")
+    if any(side % factor for side in data["size"]):
+        raise TypeError(f"its size is {data['size']}, and its downsample {factor}")
+    return True
+
+
+def _labelled(contents):
+    """TypeError where a prior's labels are not of its classes."""
+    labels, count = contents["data"]["labels"], contents["model_args"]["n_classes"]
+    if len(contents["data"]["classes"]) != count or bool(labels) != bool(count) or max(labels, default=-1) >= count:
+        raise TypeError(f"its labels are {reprlib.repr(labels)} of {count} classes")
     return True
 
 
@@ -113,8 +131,8 @@ STEP = {"counters": {"epoch": whole(), "step": whole()}}
 LAST = {"counters": {"epoch": whole(), "step": whole(), "seconds": cost}, "args": {
     "num_epochs": whole(1), "minutes": lambda value: value is None or cost(value)}}  # how far it is
 VQVAE = [STEP | {"data": DATA, "args": [{"skip_broken": bool}, _placed], "model_args": {"input_dim": whole(1)}}, _agree]
-OF_LATENTS = {"vqvae": {"path": text, "digest": text}, "images": several(whole(1), 3)}
-PRIOR = OF_LATENTS | {"data": DATA | {"labels": several(whole())}}
+OF_LATENTS = {"vqvae": {"path": path, "digest": text}, "images": several(whole(1), 3), "model_args": dict}
+PRIOR = [OF_LATENTS | {"data": DATA | {"labels": several(whole())}, "model_args": {"n_classes": whole()}}, _labelled]
 TRAINED = {"command": several(text), "args": dict, "counters": {"step": whole()}}  # what a comparison reads of its runs
 
 LATENTS = {"key": text, "splits": dict.fromkeys(("train", "valid", "test"), latents)}

@@ -59,10 +59,10 @@ def class_of(text, classes):
         else "this data set has no classes"))
 
 
-def check_vqvae(ckpt, path):
-    """UserError where a model, of which these are the contents, was trained on the codes of another VQ-VAE."""
-    known, digest = ckpt["vqvae"]["path"], ckpt["vqvae"]["digest"]
-    if digest != checkpoint.digest(path):
+def check_vqvae(ckpt, path, K):
+    """UserError where a model, of which these are the contents, was not trained on the K codes of a VQ-VAE."""
+    known, digest, args = ckpt["vqvae"]["path"], ckpt["vqvae"]["digest"], ckpt["model_args"]
+    if digest != checkpoint.digest(path) or args.get("input_dim", args.get("K")) != K:
         raise UserError(f"this {ckpt['kind']} was trained on the codes of {known} as it was then, and {path} is "
                         f"another VQ-VAE: pass that one, or train a {ckpt['kind']} for this one")
 
@@ -146,7 +146,7 @@ def open_run(kind, args, first, state, may_change):
 
     def check(contents):
         checkpoint.check(contents, fields.OF_LATENTS)
-        check_vqvae(contents, args.model)
+        check_vqvae(contents, args.model, first.K)
         check_same(contents["path"], {"images": contents["images"]}, {"images": state["images"]})
 
     return Run(kind, args, first.device, state, may_change | datasets.MAY_CHANGE_ON_RESUME | {"model"}, [args.model],
@@ -157,5 +157,5 @@ def open_trained(kind, args, first, rebuild):
     """The model in the output folder, rebuilt from its best.pt, and that file's contents."""
     ckpt = checkpoint.load(run_folder("models", args.output_folder) / "best.pt", kind,
                            fields.PRIOR if kind == "prior" else fields.OF_LATENTS)
-    check_vqvae(ckpt, args.model)
+    check_vqvae(ckpt, args.model, first.K)
     return rebuild(ckpt).to(first.device), ckpt

@@ -47,7 +47,8 @@ def test_a_checkpoint_that_lacks_a_fact(folder, keys, value):  # noqa: F811
 @pytest.mark.parametrize("keys, value, words", [
     ("data.size", [16], "its size is [16]"), ("data.size", [0, 0], "its size is [0, 0]"),
     ("data.size", ["a", "b"], "its size is ['a', 'b']"), ("data.size", [16.5, 16], "its size is [16.5, 16]"),
-    ("data.size", [16, 10 ** 9], "its size is [16, 1"), ("data.channels", 2, "its channels is 2"),
+    ("data.size", [18, 16], "its size is [18, 16]"), ("data.size", [16, 10 ** 9], "its size is [16, 1"),
+    ("data.channels", 2, "its channels is 2"),
     ("data.channels", 1, "its data are folder of 1 channels"), ("data.name", "mnist", "its data are mnist"),
     ("data.name", "photos", "its data are photos"), ("data.classes", ["x", 3], "its classes is"),
     ("data.images", {"train": 4}, "its images has no valid"), ("model_args.downsample", -4, "its downsample is -4"),

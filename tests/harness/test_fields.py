@@ -33,9 +33,10 @@ TABLES = {
         {"args": [], "args.output_folder": TEXT, "best": [None, -1, math.nan, math.inf, 2 ** 63, 10 ** 30, *NUMBER],
          "counters.batch": COUNT, "counters.seconds": [2 ** 63, 10 ** 30, *NUMBER], "counters.world": [1]}),
     "prior": (fields.PRIOR, {
-        "vqvae": {"path": "a", "digest": "b"}, "images": [8, 1, 1], "data": DATA[0] | {"labels": [0, 4]}},
-        {"vqvae.path": TEXT, "vqvae.digest": TEXT, "vqvae": [], "images": [[1, 2, 3]],
-         "data.labels": [[], [1, 2, 3], [16, 16], [16], [0, 0], (), [16, 2 ** 40]]}),
+        "vqvae": {"path": "a", "digest": "b"}, "images": [8, 1, 1], "model_args": {"n_classes": 3},
+        "data": DATA[0] | {"classes": ["a", "b", "c"], "labels": [0, 2]}},
+        {"vqvae.path": TEXT, "vqvae.digest": TEXT, "vqvae": [], "images": [[1, 2, 3]], "model_args.n_classes": [],
+         "data.labels": [[0, 0]]}),
     "trained": (fields.TRAINED, {"command": ["vqvae.py", "--k", "8"], "args": {}, "counters": {"step": 3}},
                 {"command": [[], ["x"], ["a", "b"], ()], "args": [{}, {"x": 1}], "counters.step": COUNT}),
     "results": (fields.RESULTS, {"epochs": 1, "steps": 3, "ms_per_step": 1.5, "peak_memory_mb": 3, "train_seconds": 0.},
