@@ -22,11 +22,6 @@ def _letters(name):
     return "".join(filter(str.isalpha, name.lower()))
 
 
-def _words(name):
-    """A name in small letters, and words that only their case tells apart joined by "_": trainA is train_a."""
-    return WORD_BEGINS.sub("_", name).lower()
-
-
 def split_of(name):
     """The split that a folder of this name is, whatever its case, digits, and words such as "set" or "images"."""
     match = PLAIN_SPLIT.fullmatch(_letters(name))
@@ -63,15 +58,32 @@ def split_folders(root):
 
 def _alike(folders):
     """[(split, folder)] of folders whose names differ in the split alone, such as DIV2K_train_HR and DIV2K_valid_HR."""
+    pairs = _pairs(_names(folders))
+    return pairs[0] if len(pairs) == 1 else []
+
+
+def _names(folders):
+    """{folder: its name in small letters}.
+
+    trainA becomes train_a only if no name holds a split otherwise, and all folders that hold images are then in pairs.
+    """
+    names = {folder: folder.name.lower() for folder in folders}
+    if any(map(ANY_SPLIT.search, names.values())):
+        return names
+    words = {folder: WORD_BEGINS.sub("_", folder.name).lower() for folder in folders}
+    paired = {folder for pair in _pairs(words) for _, folder in pair}
+    return words if paired and not any(map(holds_image, words.keys() - paired)) else names
+
+
+def _pairs(names):
+    """[[(split, folder)]] of {folder: name}: those whose names differ in the split alone, of two splits or more."""
     groups = {}
-    for folder in folders:
-        name = _words(folder.name)
+    for folder, name in names.items():
         match = ANY_SPLIT.search(name)
         if match:
             rest = name[:match.start()], name[match.end():]
             groups.setdefault(rest, []).append((SPLIT_OF[match[1]], folder))
-    pairs = [group for group in groups.values() if len({split for split, _ in group}) > 1]
-    return pairs[0] if len(pairs) == 1 else []
+    return [group for group in groups.values() if len({split for split, _ in group}) > 1]
 
 
 def find_splits(root):
@@ -102,7 +114,7 @@ def find_splits(root):
 def _refuse_unclear(found, others):
     """UserError where folders may be splits or classes: a train that is alone among others, or a part of a name."""
     if not found:
-        unclear = [folder for folder in others if ANY_SPLIT.search(_words(folder.name)) and holds_image(folder)]
+        unclear = [folder for folder, name in _names(others).items() if ANY_SPLIT.search(name) and holds_image(folder)]
     else:
         unclear = list(found.values()) if len(found) == 1 and any(map(holds_image, others)) else []
     if unclear:
