@@ -151,23 +151,28 @@ class Batches:
             images, kept = next(decoded)
             skipped += len(batch) - len(kept)
             if not len(kept) and self.shuffle:  # training counts its batches
-                images, batch, kept = self._others(len(batch))
-            if not len(kept) and self.world > 1:
-                raise UserError(f"all {len(batch)} images of a process's share of a batch are broken: repair them")
+                images, batch, kept = self._others(batch)
             yield self._sent(images, self.labels[batch[kept]]) if len(kept) else (None, None)
         if self.shuffle:
             self._ahead = (epoch + 1, 0), decoded
+        elif skipped == sum(len(batch) for batch, *_ in plan) > 0:
+            raise self._none_decodes(skipped, plan[0][0][0])
         if skipped > self.skipped:  # once, not every epoch
             print(f"skipped {skipped} broken images of {len(self.labels)}")
             self.skipped = skipped
 
-    def _others(self, count):
-        """In place of a batch whose images are all broken: the first `count` that are not, their numbers and places."""
-        whole = list(islice(((number, image) for number, image in enumerate(self.images) if image is not None), count))
+    def _others(self, batch):
+        """In place of a batch whose images are all broken: as many after its first that are not, numbers and places."""
+        count, first = len(self.labels), int(batch[0])
+        walk = ((number % count, self.images[number % count]) for number in range(first, first + count))
+        whole = list(islice(((number, image) for number, image in walk if image is not None), len(batch)))
         if not whole:
-            raise UserError(f"none of {len(self.labels)} images decodes, the first is {self.images.paths[0]}")
+            raise self._none_decodes(count, first)
         numbers, images = zip(*whole)
         return stack(images)[0], torch.tensor(numbers), torch.arange(len(numbers))
+
+    def _none_decodes(self, count, number):
+        return UserError(f"none of {count} images decodes, such as {self.images.paths[number]}: repair or remove them")
 
     def _endless(self, epoch, start):
         """Lists of indices: the batches of an epoch and, in training, of those after it."""

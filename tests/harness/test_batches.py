@@ -24,17 +24,43 @@ def test_epochs_differ_repeat_exactly_and_start_anywhere(tmp_path):
     assert whole[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_batch_of_broken_images_counts(tmp_path):
-    pictures(tmp_path, 9)
-    paths = sorted(tmp_path.rglob("*.png"))
-    for path in paths[:5]:
-        path.write_bytes(b"broken")
-    train = Batches(ImageFiles(paths, (16, 16), 3, skip_broken=True), torch.arange(9), 2, shuffle=True, seed=5)
-    broken = [n for n, (batch, *_) in enumerate(train._plan(0)) if max(batch.tolist()) < 5]
-    whole = [labels.tolist() for _, labels in train.epoch(0)]
-    assert broken and len(whole) == len(train) == 4 and all(whole[n] == [5, 6] for n in broken)
-    for start in range(4):
-        assert [labels.tolist() for _, labels in train.epoch(0, start)] == whole[start:]
+def broken_set(folder, count, broken, *args, **how):
+    """Batches of so many images that stream, of which those of the numbers `broken` do not decode."""
+    paths = pictures(folder, count)
+    for number in broken:
+        paths[number].write_bytes(b"broken")
+    return Batches(ImageFiles(paths, (16, 16), 3, skip_broken=True), torch.arange(count), *args, **how)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_other_images_stand_for_a_training_batch_whose_images_are_all_broken(tmp_path, batch):
+    broken, after = {0, 1, 4, 5, 8}, [2, 2, 2, 3, 6, 6, 6, 7, 2]  # 8: on from the first
+    train = broken_set(tmp_path, 9, broken, batch, shuffle=True, seed=2)
+    seen, stood_in = [labels.tolist() for _, labels in train.epoch(0)], set()
+    plan = [indices.tolist() for indices, *_ in train._plan(0)]
+    assert len(seen) == len(train) == 9 // batch
+    for indices, labels in zip(plan, seen):
+        if broken.issuperset(indices):
+            stood_in.add(labels[0])
+            assert labels[0] == after[indices[0]] and len(labels) == batch and broken.isdisjoint(labels)
+        else:
+            assert labels == [number for number in indices if number not in broken]
+    assert stood_in == {2, 6}
+    for start in range(len(train)):
+        assert [labels.tolist() for _, labels in train.epoch(0, start)] == seen[start:]
+
+
+def test_a_process_whose_share_of_an_evaluated_batch_is_broken_goes_on_without_it(tmp_path):
+    shares = []
+    for rank in range(2):
+        valid = broken_set(tmp_path / str(rank), 8, (2, 3, 6), 2)
+        valid.shard(rank, 2)
+        shares.append([labels.tolist() for _, labels in valid])
+    assert shares == [[[0, 1], [4, 5]], [[7]]]
+    valid = broken_set(tmp_path / "none", 8, (2, 3, 6, 7), 2)
+    valid.shard(1, 2)
+    with pytest.raises(ValueError, match="none of 4 images decodes, such as .*: repair or remove them"):
+        list(valid)
 
 
 def test_flips_mirror_about_half_of_the_images_left_to_right():
