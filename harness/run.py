@@ -111,11 +111,11 @@ class Run:
             self.epoch += 1
             print(f"{lost}: it is saved anew from last.pt, whose epoch is the best")
         elif self._is_done():
-            raise UserError(f"{lost}, last.pt not of the best epoch, and none is left to train: pass a larger "
+            raise UserError(f"{lost}, last.pt is not of the best epoch, and none is left to train: pass a larger "
                             "--num-epochs, or --overwrite to train anew")
         else:
             self.best = self.best_step = None
-            print(f"{lost}, and last.pt not of the best epoch: the best of the epochs from {self.epoch + 1} on is kept")
+            print(f"{lost}, and last.pt is not of the best epoch: the best from epoch {self.epoch + 1} on is kept")
 
     def _open_files(self):
         """The curves, taken back to this step; what an earlier run left is removed once nothing can fail."""

@@ -157,10 +157,10 @@ def test_a_lost_best_epoch_before_the_last_is_replaced_by_one_to_come(folder):
     torch.save(last, run / "last.pt")
     lose(run / "best.pt")
     before = {path: path.read_bytes() for path in run.glob("*.*")}
-    refuses(train(folder, epochs=2), "best.pt is gone, last.pt not of the best epoch, and none is left to train")
+    refuses(train(folder, epochs=2), "best.pt is gone, last.pt is not of the best epoch, and none is left to train")
     assert before == {path: path.read_bytes() for path in run.glob("*.*")}
     code, out, err = train(folder, epochs=3)
-    assert code == 0 and "best.pt is gone, and last.pt not of the best epoch: the best of the epochs from 3" in out, err
+    assert code == 0 and "best.pt is gone, and last.pt is not of the best epoch: the best from epoch 3 on" in out, err
     assert checkpoint.load(run / "best.pt", "vqvae")["counters"]["epoch"] == 2
 
 
