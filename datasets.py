@@ -363,7 +363,7 @@ def check_same(path, known, now):
               if name != "carved" and known[name] != now[name]]
     if differ:
         raise UserError(f"{path} was trained on other images: {textwrap.shorten('; '.join(differ), SHOWN)}: put them "
-                        "back as they were, with the same --memory where some are broken, or train anew (--overwrite)")
+                        "back as they were (with --skip-broken also the same --memory), or train anew (--overwrite)")
 
 
 def check_alike(models):

@@ -1,4 +1,5 @@
 """Evaluate VQ-VAEs on a split: tables with intervals, a picture and a JSON file; or a prior by the classes it draws."""
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -144,12 +145,14 @@ def training_of(path, contents):
     """
     results, last = (Path(path).with_name(name) for name in ("results.json", "last.pt"))
     recorded = checkpoint.load_json(results, fields.RESULTS) if results.exists() else {}
-    kept = checkpoint.load(last, "vqvae", fields.LAST, "remove it, or put it back") if last.exists() else {}
-    run, counters = contents.get("run"), contents["counters"]  # older files lack the former
+    run, counters, kept = contents.get("run"), contents["counters"], {}  # older files lack the first
+    recorded_steps = recorded.get("steps", -1)
+    with suppress(UserError) if recorded_steps >= counters["step"] else nullcontext():  # then it can be done without
+        kept = checkpoint.load(last, "vqvae", fields.LAST, "remove it, or put it back") if last.exists() else {}
     for file, found in ((results, recorded), (last, kept)):
         if found.get("run", run) != run:
             raise UserError(f"{path} is of another run than {file}: put its own back, or move it elsewhere")
-    of_epoch, recorded_steps = "batch" not in counters, recorded.get("steps", -1)  # a best.pt, kept within its epoch
+    of_epoch = "best_step" not in counters  # a best.pt, kept in its epoch
     training = {"epochs": counters["epoch"] + of_epoch, "steps": counters["step"], "finished": None,
                 **{name: recorded.get(name) for name in ("ms_per_step", "peak_memory_mb")}}
     if recorded_steps >= counters["step"]:
@@ -158,7 +161,8 @@ def training_of(path, contents):
         counters, args = kept["counters"], kept["args"]
         done, asked, unit = (counters["seconds"] / 60, args["minutes"], "minutes") if args["minutes"] else (
             counters["epoch"], args["num_epochs"], "epochs")
-        training |= {"epochs": counters["epoch"], "steps": counters["step"], "finished": done >= asked,
+        training |= {"epochs": max(counters["epoch"], training["epochs"]), "finished": done >= asked,
+                     "steps": max(counters["step"], training["steps"]),
                      "done": f"{round(done, 2):g} of {asked:g} {unit}"}
     return training
 
@@ -259,8 +263,8 @@ def against_cell(figures, key, kind, judged):
 # --- a prior
 
 def evaluate_prior(args, device):
-    """Agreement of a classifier of real images with the class asked for, and Fréchet distance: of reconstructions and
-    of samples."""
+    """Agreement of a classifier of real images with the class asked for, and Fréchet distance: of reconstructions of
+    the split in `args`, and of samples."""
     path = args.model[0] if args.model else checkpoint.load(args.prior, "prior", fields.PRIOR)["vqvae"]["path"]
     if not (args.model or Path(path).exists()):
         raise UserError(f"{args.prior} draws the codes of {path}, which is not there: pass --model, where it is now")
@@ -272,7 +276,7 @@ def evaluate_prior(args, device):
     source = datasets.Source.of(ckpt, args.data_folder)
     data, _ = open_judged(ckpt["data"]["name"], source, {path: ckpt}, (), device, args.batch_size, args.num_workers)
     check_classes(data, classes, source.folder)  # before a classifier learns others
-    judge = Judge("classifier", open_network("classifier", data, source), data.test)
+    judge = Judge("classifier", open_network("classifier", data, source), getattr(data, args.split))
 
     vqvae, prior = VectorQuantizedVAE.rebuild(ckpt).to(device), GatedPixelCNN.rebuild(prior_ckpt).to(device)
     shape, generator = tuple(side // vqvae.downsample for side in data.size), torch.Generator().manual_seed(args.seed)
@@ -281,8 +285,8 @@ def evaluate_prior(args, device):
         drawn = [vqvae.decode(prior.generate(label, shape, len(label), args.temperature, args.top_k, generator))
                  for label in labels.split(args.samples)]
         samples = torch.cat([judge.network(metrics.as_8bit(x)) for x in drawn])
-        rebuilt = torch.cat([judge.network(metrics.as_8bit(vqvae(x)[0])) for x, _ in data.test])
-    rows = [["real test images", judge.agreement(judge.real, judge.labels), ""]]
+        rebuilt = torch.cat([judge.network(metrics.as_8bit(vqvae(x)[0])) for x, _ in getattr(data, args.split)])
+    rows = [[f"real {args.split} images", judge.agreement(judge.real, judge.labels), ""]]
     for name, features, of in (("their reconstructions", rebuilt, judge.labels),
                                (f"samples, {args.samples} a class", samples, labels)):
         rows.append([name, judge.agreement(features, of), frechet_distance(features, judge.real)])

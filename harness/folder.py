@@ -12,7 +12,7 @@ from harness import checkpoint, cli, distributed, fields
 from harness.errors import UserError
 from harness.images import RUN_FOLDERS
 
-WHERE = ("data_folder", "frozen_codebook")  # flags that say where a run's files are: nobody's business but its own
+WHERE = ("data_folder",)  # flags that say where the data of a run are, which is nobody's business but its own
 
 
 def run_folder(parent, name):
@@ -143,7 +143,7 @@ def _alike(weights, others):
 
 
 def shared(args, command):
-    """Flags and command line of a run without those that say where its files are: what best.pt has, which is shared."""
+    """Flags and command line of a run without those that say where its data are: what best.pt has, which is shared."""
     flags, kept, words = [f"--{name.replace('_', '-')}" for name in WHERE], [], iter(command)
     for word in words:
         if word in flags:

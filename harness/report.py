@@ -51,7 +51,8 @@ def size_of(model, *inputs):
     model changes.
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, because it takes long to import
-    search = {torch.ops.kernels.nearest: lambda x, codebook, **_: 2 * math.prod(x) * codebook[0]}  # shapes
+    search = {torch.ops.kernels.nearest: lambda x, codebook, **_: 2 * math.prod(x) * codebook[0]} if hasattr(
+        torch.ops.kernels, "nearest") else {}  # of shapes; where the model searches, its kernel is there
     was_training = model.training
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=search) as counter:
         model.eval()(*inputs)

@@ -176,7 +176,7 @@ prior() {
         echo "== prior: $name"
         "$PYTHON" pixelcnn_prior.py --model "$run" --output-folder "$name" --resume $PRIOR
         case $JUDGES in
-        *classifier*) "$PYTHON" evaluate.py --model "$run" --prior "models/$name" --samples 500 ;;
+        *classifier*) "$PYTHON" evaluate.py --model "$run" --prior "models/$name" --samples 500 --split test ;;
         esac
     done
     set -f

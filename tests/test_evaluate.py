@@ -101,6 +101,8 @@ def test_a_model_that_is_unfinished_or_was_trained_for_less_is_named(folder):
     shutil.copy(folder / "models" / "longer" / "last.pt", folder / "models" / "shared")
     code, _, err = call(folder, "evaluate.py", "--model", "models/shared", "--data-folder", "images")
     assert code == 2 and "best.pt is of another run than models/shared/last.pt" in err
+    (folder / "models" / "longer" / "last.pt").write_bytes(b"cut short")  # results.json says that the run is finished
+    assert call(folder, "evaluate.py", "--model", "models/longer", "--no-features", "--device", "cpu")[0] == 0
 
 
 def test_a_split_and_a_runs_folder_are_taken_by_name(folder):

@@ -219,9 +219,8 @@ def test_what_is_shared_has_no_optimizer_and_no_path_of_the_data(folder):
         assert not {"optimizer", "average", "random"} & contents.keys()
 
 
-def test_flags_that_say_where_files_are_are_left_out():
-    args, command = shared({"data_folder": "x", "frozen_codebook": "z", "k": 8}, [
-        "a.py", "--data-folder", "x", "--k", "8", "--data-folder=y", "--frozen-codebook", "z"])
+def test_flags_that_say_where_the_data_are_are_left_out():
+    args, command = shared({"data_folder": "x", "k": 8}, ["a.py", "--data-folder", "x", "--k", "8", "--data-folder=y"])
     assert args == {"k": 8} and command == ["a.py", "--k", "8"]
 
 
