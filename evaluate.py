@@ -276,7 +276,8 @@ def evaluate_prior(args, device):
     source = datasets.Source.of(ckpt, args.data_folder)
     data, _ = open_judged(ckpt["data"]["name"], source, {path: ckpt}, (), device, args.batch_size, args.num_workers)
     check_classes(data, classes, source.folder)  # before a classifier learns others
-    judge = Judge("classifier", open_network("classifier", data, source), getattr(data, args.split))
+    split = getattr(data, args.split)
+    judge = Judge("classifier", open_network("classifier", data, source), split)
 
     vqvae, prior = VectorQuantizedVAE.rebuild(ckpt).to(device), GatedPixelCNN.rebuild(prior_ckpt).to(device)
     shape, generator = tuple(side // vqvae.downsample for side in data.size), torch.Generator().manual_seed(args.seed)
@@ -285,7 +286,7 @@ def evaluate_prior(args, device):
         drawn = [vqvae.decode(prior.generate(label, shape, len(label), args.temperature, args.top_k, generator))
                  for label in labels.split(args.samples)]
         samples = torch.cat([judge.network(metrics.as_8bit(x)) for x in drawn])
-        rebuilt = torch.cat([judge.network(metrics.as_8bit(vqvae(x)[0])) for x, _ in getattr(data, args.split)])
+        rebuilt = torch.cat([judge.network(metrics.as_8bit(vqvae(x)[0])) for x, _ in split])
     rows = [[f"real {args.split} images", judge.agreement(judge.real, judge.labels), ""]]
     for name, features, of in (("their reconstructions", rebuilt, judge.labels),
                                (f"samples, {args.samples} a class", samples, labels)):

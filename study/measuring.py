@@ -66,9 +66,12 @@ def measure_runs(runs, split, networks, setting, jobs, threads):
 def _read(path, key):
     """What a file keeps under this key; None where it is of another, say an older version's."""
     try:
-        if checkpoint.load(path, "figures", {"key": dict})["key"] != key:
+        contents = checkpoint.load(path, "figures", {"key": dict})
+        if contents["key"] != key:
             return None
-        return checkpoint.load(path, "figures", [fields.FIGURES, _has_all])
+        with checkpoint.complete(path):
+            checkpoint.check(contents, [fields.FIGURES, _has_all])
+        return contents
     except UserError as error:
         raise UserError(f"{path} is damaged: delete it, and the run is measured again") from error
 
