@@ -35,7 +35,7 @@ RECIPES = {
     "ancestor": "--quantizer gradient --no-codebook-init --restart-below 0 --lr 2e-4 --beta 1",
     "mse": _SCHEDULE,
     "tuned-mse": f"{_SCHEDULE} --mse-weight 20",  # the best pixel loss that was found: what a mix has to beat
-    "recommended": f"{_SCHEDULE} {_MIX} --root-ssim-weight 0.4 --fine-blocks 1",
+    "recommended": f"{_SCHEDULE} {_MIX} --root-ssim-weight 0.4",
     "recommended-photos": f"{_SCHEDULE} {_MIX} --root-ssim-weight 0.2 --gabor-weight 0.35 --coarse-chroma-weight 20",
 }
 

@@ -79,12 +79,13 @@ baselines() {
 # Flags of a training of so many epochs: the longer it is, the lower the learning rate that suits the baseline.
 of() { echo "--num-epochs $1 --lr $([ "$1" -le 4 ] && echo 4e-3 || echo 2e-3)"; }
 
-# What does each part of the mix bring? The mix without it, and the baseline in the mix's network; for longer, the loss
-# without the network and the network without the loss.
+# What does each part of the mix bring? The mix without it; both losses with a residual block in the decoder, and so for
+# longer.
 parts() {
-    compare parts --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 \
+    compare parts --baseline $BASELINE --losses $MIX $MIX,fine-blocks=1 $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 \
         $MIX,sharpen=0 $MIX,psnr=0,l1=1 $BASELINE,fine-blocks=1 --seeds $SEEDS $(of $SHORT)
-    compare "parts-$LONG" --baseline $BASELINE --losses $MIX,fine-blocks=0 $BASELINE,fine-blocks=1 --seeds $SEEDS $(of $LONG)
+    compare "parts-$LONG" --baseline $BASELINE --losses $MIX $MIX,fine-blocks=1 $BASELINE,fine-blocks=1 --seeds $SEEDS \
+        $(of $LONG)
 }
 
 # Does it last? The ratio to the baseline against the length of training, and one plot of it.
@@ -131,7 +132,7 @@ quantizers() {
 instead() (
     set -- $MINUTES
     JOBS=1
-    compare "minutes-$1" --baseline $BASELINE --losses $MIX $MIX,fine-blocks=0 ancestor "$BASELINE,vqgan" \
+    compare "minutes-$1" --baseline $BASELINE --losses $MIX $MIX,fine-blocks=1 ancestor "$BASELINE,vqgan" \
         "$BASELINE,vqgan=0.1" "$BASELINE,vqgan=0.1,disc-lr=5e-4" l1=5,vqgan=0.1,perceptual=5 \
         "$MIX,vqgan=0.1,disc-start=0.8" --minutes "$1"
     compare "minutes-$2" --baseline $BASELINE --losses $MIX $VQGAN --minutes "$2"
