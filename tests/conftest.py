@@ -35,6 +35,13 @@ def write_images(folder, count, side=16):
         halves.resize((side, side), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.png")
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A working directory with 40 images 16x16."""
+    write_images(tmp_path, 40)
+    return tmp_path
+
+
 def call(folder, script, *flags, **environment):
     """Run a script's command line in a folder, within this process: exit status, stdout, stderr."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import call, write_images
+from conftest import call
 from PIL import Image
 from torch import nn
 
@@ -14,12 +14,6 @@ from harness import checkpoint
 
 SMALL = ["--dataset", "folder", "--data-folder", "images", "--hidden-size", "8", "--k", "16", "--batch-size", "8",
          "--lr", "1e-2", "--device", "cpu", "--precision", "fp32"]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_images(tmp_path, 40)
-    return tmp_path
 
 
 def parse(*argv):

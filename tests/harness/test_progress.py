@@ -6,7 +6,7 @@ from contextlib import redirect_stderr
 
 import pytest
 import torch
-from conftest import call, updates_take, write_images
+from conftest import call, updates_take
 from torch import nn
 
 from harness import progress, report
@@ -28,12 +28,6 @@ def clock(monkeypatch):
     now = [0.]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_images(tmp_path, 40)
-    return tmp_path
 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (99, "99 s"), (150, "2 min"), (5400, "90 min"),
