@@ -259,8 +259,8 @@ QUANTIZERS = {
 
 
 def filled(model):
-    """Whether every codebook of a model holds its first codes; until then a step looks at values."""
-    return not any(getattr(part, "data_init", False) for part in model.modules())
+    """Whether every codebook that a model trains holds its first codes; until then a step looks at values."""
+    return not any(part.training and getattr(part, "data_init", False) for part in model.modules())
 
 
 def settings_of(name):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from modules import VectorQuantizedVAE, VQEmbedding, load
+from quantizers import filled
 
 FIXTURE = Path(__file__).parent / "fixtures" / "upstream_compat.pt"
 HEALTHY = {"quantizer": "ema", "data_init": True, "restart_below": 0.02}
@@ -61,7 +62,8 @@ def test_deeper_models_downsample_more(downsample):
 
 def test_frozen_codes_stay_while_the_decoder_learns():
     torch.manual_seed(0)
-    source, model = (VectorQuantizedVAE(3, 8, 16, quantizer="gradient", restart_below=0.5) for _ in range(2))
+    source, model = (VectorQuantizedVAE(3, 8, 16, quantizer="gradient", data_init=True, restart_below=0.5)
+                     for _ in range(2))
     source(torch.rand(4, 3, 16, 16))  # batch statistics of its own
     model.freeze_codes({"model": source.state_dict(), "model_args": {"input_dim": 3, "dim": 8, "K": 16}})
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -70,6 +72,7 @@ def test_frozen_codes_stay_while_the_decoder_learns():
         x_tilde, z_e, z_q = model.train()(torch.rand(4, 3, 16, 16))
         (x_tilde.square().mean() + (z_e - z_q).square().mean()).backward()
         optimizer.step()
+    assert filled(model)  # else its steps would never be a graph
     for part in ("encoder", "codebook"):
         for name, value in getattr(source, part).state_dict().items():
             assert torch.equal(getattr(model, part).state_dict()[name], value), name
