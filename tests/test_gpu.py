@@ -182,7 +182,7 @@ def test_a_script_trains_alike_with_and_without_a_graph(gpu, deterministic, fold
     assert_alike(*(weights(folder, name) for name in ("graph", "plain", "again")))
 
 
-def test_a_run_goes_on_where_it_stopped_and_on_another_device(gpu, folder):
+def test_a_run_goes_on_where_it_stopped_and_on_another_device(gpu, deterministic, folder):
     flags = ("--average-weights", "0.9")
     run(folder, "vqvae.py", *SMALL, *flags, "--output-folder", "whole")
     for number, device in (("1", "cuda"), ("2", "cpu"), ("3", "cuda")):
