@@ -4,10 +4,12 @@
     python -m benchmarks.gpu_day --device cpu --dry-run all of it in small, without a GPU
 
 What is compared is timed alternately. A part that fails is reported and the rest goes on. After 5 minutes nothing new
-begins: what is missing then is named, and `--parts` runs it by itself.
+begins: what is missing then is named, and `--parts` runs it by itself. Each row is written as soon as it is found, so
+that nothing is lost where the script is killed, as it is by itself after 6 minutes.
 To add a part: write a function (device, small) -> rows, each a dict of plain values, and give it a row in `PARTS`.
 """
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import tempfile
 import time
 import traceback
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -22,13 +25,15 @@ from benchmarks import gpu_steps, peers, steps
 from benchmarks.exactness import search_errors
 from functions import vq
 from harness import checkpoint, cli, report
-from harness.device import pick_device
+from harness.device import WARM_UP, pick_device
 from kernels.nearest import blocked_nearest, nearest, triton_nearest
 from kernels.ssim import mean_ssim
 from modules import GatedPixelCNN
 
-ROUNDS, SECONDS = 5, 0.15  # of each thing that is timed: how often, and about how long each time
+ROUNDS, SECONDS = 5, 0.1  # of each thing that is timed: how often, and about how long each time
+SETTLED = WARM_UP + 2  # calls until a step is a graph: it also fills the codebook first, and is captured
 TEST_SECONDS, ALL_SECONDS = 200, 310  # what the tests may take, and when nothing new begins
+MOST_SECONDS = 350  # when the script ends, whatever a compiler is at
 START = time.perf_counter()
 SEARCHES = (131072, 512, 64), (16384, 16384, 64), (8192, 512, 256), (32768, 1024, 256)  # N, K, D
 STEPS = (32, 128), (32, 1024), (128, 32, "--hidden-size", 64), (256, 16, "--hidden-size", 64)  # side, images, flags
@@ -52,23 +57,35 @@ def main():
         steps.PRODUCT = 64  # the peak of a CPU takes minutes to measure
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     found = {"device": name, "torch": torch.__version__, "seconds": {}, "failed": {}}
-    text = [f"# {name}, torch {torch.__version__}"]
     for part in args.parts:
         start = time.perf_counter()
         try:
             if late():
                 raise TimeoutError(f"{ALL_SECONDS} s were over before it began: run --parts {part}")
-            found[part] = PARTS[part](device, args.dry_run)
-            text.append(f"## {part}\n\n{_table(found[part])}")
+            for row in PARTS[part](device, args.dry_run):
+                found.setdefault(part, []).append(row)
+                _write(args.output, found)
         except Exception:  # the next parts may still be well
             found["failed"][part] = traceback.format_exc()
-            text.append(f"## {part}\n\nfailed:\n\n```\n{found['failed'][part]}```")
         found["seconds"][part] = round(time.perf_counter() - start, 1)
-        print(f"{text[-1]}\n({found['seconds'][part]} s)\n", flush=True)
-        checkpoint.write_atomic(f"{args.output}.json", json.dumps(found, indent=1).encode())
-        checkpoint.write_atomic(f"{args.output}.md", "\n\n".join(text).encode())
+        _write(args.output, found)
+        print(f"{_page(found, part)}\n({found['seconds'][part]} s)\n", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _write(output, found):
+    """What was found so far, to two files."""
+    pages = [f"# {found['device']}, torch {found['torch']}",
+             *(_page(found, part) for part in PARTS if part in found or part in found["failed"])]
+    checkpoint.write_atomic(f"{output}.json", json.dumps(found, indent=1).encode())
+    checkpoint.write_atomic(f"{output}.md", "\n\n".join(pages).encode())
+
+
+def _page(found, part):
+    """The table of a part, and what it failed with."""
+    table, failed = _table(found[part]) if part in found else "", found["failed"].get(part)
+    return "\n\n".join(filter(None, (f"## {part}", table, failed and f"failed:\n\n```\n{failed}```")))
 
 
 def _table(rows):
@@ -89,10 +106,11 @@ def timed(calls, device):
         try:
             if late():
                 raise TimeoutError(f"{ALL_SECONDS} s are over")
-            once = _milliseconds(call, 3, device)  # and warms up
+            _milliseconds(call, SETTLED, device)
+            once = _milliseconds(call, 3, device)
             milliseconds[label] = (max(1, round(1000 * SECONDS / max(once, 1e-3))), [])
         except Exception as error:
-            print(f"{label} failed: {str(error).strip().splitlines()[0][:200]}", flush=True)
+            print(f"{label} failed: {repr(error)[:200]}", flush=True)
     for _ in range(ROUNDS):
         for label, (count, seen) in milliseconds.items():
             seen.append(_milliseconds(calls[label], count, device))
@@ -128,7 +146,8 @@ def rows_of(what, calls, device, images=0, flops=None):
 
 def tests(device, small):
     """The tests that need a GPU: how many passed, which failed, and the last that began where time ran out."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "-vv", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-rfE", "-vv",
+               "-p", "no:cacheprovider"]
     with tempfile.TemporaryFile("w+") as file:
         try:
             subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=TEST_SECONDS)
@@ -138,24 +157,23 @@ def tests(device, small):
         lines = file.read().strip().splitlines()
     print("\n".join(lines)[-6000:], flush=True)
     passed = sum(" PASSED" in line for line in lines)
-    failed = [line for line in lines if line.startswith("FAILED")]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]  # a summary, for which time may run out
+    failed = failed or [line for line in lines if " FAILED" in line]
     return [{"tests": line[:200]} for line in (f"{passed} passed", lines[-1].strip("= "), *failed)]
 
 
 def exactness(device, small):
     """Codes of the search that are wrong, against float64; and which of equal codes it names."""
-    rows = []
     for shape in ((500, 70, 16),) if small else ((131072, 512, 64), (8192, 512, 256), (16384, 16384, 64),
                                                  (5000, 777, 300), (5000, 100, 5)):
         for dtype in (torch.float32, torch.bfloat16):
-            rows.append({"N x K x D": " x ".join(map(str, shape)), "inputs": str(dtype)[6:]}
-                        | search_errors(nearest, *shape, device, dtype))
-    return rows
+            yield {"N x K x D": " x ".join(map(str, shape)), "inputs": str(dtype)[6:]} | search_errors(
+                nearest, *shape, device, dtype)
 
 
 def graph_against_eager(device, small):
     """Largest relative difference of weights after 50 steps, as a graph and as they are, and of the latter repeated."""
-    rows, count = [], 6 if small else 50
+    count = 6 if small else 50
     for flags in ((), ("--recipe", "recommended"), ("--recipe", "recommended", "--quantizer", "gradient"),
                   ("--average-weights", "0.99", "--restart-below", "0.1")):
         weights = []
@@ -165,9 +183,8 @@ def graph_against_eager(device, small):
             for _ in range(count):
                 step()
             weights.append(step.weights())
-        rows.append({"flags": " ".join(flags) or "default", "graph - eager": _difference(weights[0], weights[1]),
-                     "eager - eager": _difference(weights[2], weights[1])})
-    return rows
+        yield {"flags": " ".join(flags) or "default", "graph - eager": _difference(weights[0], weights[1]),
+               "eager - eager": _difference(weights[2], weights[1])}
 
 
 def _difference(a, b):
@@ -178,7 +195,6 @@ def _difference(a, b):
 
 def search(device, small):
     """The nearest code: ours, its blocks without Triton, the plain way and other libraries."""
-    rows = []
     for count, codes, width in SMALL_SEARCHES if small else SEARCHES:
         x, book = torch.randn(count, width, device=device), torch.randn(codes, width, device=device)
 
@@ -188,15 +204,14 @@ def search(device, small):
                  "vq": partial(vq, x, book), "vq, in a graph": in_graph(partial(vq, x, book), device)}
         calls["blocks"] = partial(blocked_nearest, x, book)
         calls |= peers.quantizers(x, book)
-        rows += rows_of(f"{count} x {codes} x {width}", calls, device)
-    return rows
+        yield from rows_of(f"{count} x {codes} x {width}", calls, device)
 
 
 def tiles(device, small):
     """The kernel of the search, in a graph, with other tiles than the ones it chooses, which come first."""
     if device.type != "cuda":
-        return [{"what": "no GPU"}]
-    rows = []
+        yield {"what": "no GPU"}
+        return
     for count, codes, width in SEARCHES:
         x, book = torch.randn(count, width, device=device), torch.randn(codes, width, device=device)
         calls = {"as chosen": in_graph(partial(triton_nearest, x, book), device)}
@@ -204,8 +219,7 @@ def tiles(device, small):
         for inputs, columns, warps, stages in TILES:
             calls[f"{inputs} x {columns} x {step}, {warps} warps, {stages} stages"] = in_graph(partial(
                 triton_nearest, x, book, BN=inputs, BK=columns, BD=step, num_warps=warps, num_stages=stages), device)
-        rows += rows_of(f"{count} x {codes} x {width}", calls, device)
-    return rows
+        yield from rows_of(f"{count} x {codes} x {width}", calls, device)
 
 
 def in_graph(call, device):
@@ -234,7 +248,6 @@ def _captured(call, device):
 
 def ssim(device, small):
     """Value and gradient of SSIM: the kernel and other libraries."""
-    rows = []
     for count, side in ((2, 32),) if small else ((16, 256), (128, 32), (32, 128)):
         b = torch.rand(count, 3, side, side, device=device)
         a = (b + 0.1 * torch.randn_like(b)).clamp(0, 1).requires_grad_()
@@ -244,8 +257,7 @@ def ssim(device, small):
         calls = {name: partial(_gradient, value, a, b) for name, value in values.items()}
         for name in ("ours", "ours, root, 3 pixels"):  # pytorch-msssim copies from the CPU, which no graph can
             calls[f"{name}, in a graph"] = in_graph(calls[name], device)
-        rows += rows_of(f"{count} x {side} x {side}", calls, device)
-    return rows
+        yield from rows_of(f"{count} x {side} x {side}", calls, device)
 
 
 def _gradient(value, a, b):
@@ -253,48 +265,45 @@ def _gradient(value, a, b):
 
 
 def training(device, small):
-    """A step of vqvae.py against the plain loop; of the first size both also compiled, which takes a while."""
-    rows = []
-    for side, count, *flags in SMALL_STEPS if small else STEPS:
+    """A step of vqvae.py against the plain loop; at last, of the first size, compiled ones, which take a while."""
+    sizes = SMALL_STEPS if small else STEPS
+    for (side, count, *flags), compiled in [*product(sizes, [False]), (sizes[0], True)]:
         images, hidden = steps.noise(count, side, device), steps.flags_of(*flags).hidden_size
         plain = partial(steps.plain_step, images[0][0].contiguous, device, hidden)
-        calls = {"plain loop, TF32": plain(),
-                 "vqvae.py --no-graph": steps.Training(images, *flags, "--no-graph"),
-                 "vqvae.py": steps.Training(images, *flags),
-                 "recommended": steps.Training(images, *flags, *steps.RECOMMENDED),
-                 "recommended-photos": steps.Training(images, *flags, "--recipe", "recommended-photos")}
-        if not rows:
-            calls |= {"vqvae.py --compile": steps.Training(images, *flags, "--compile"),
-                      "recommended --compile": steps.Training(images, *flags, *steps.RECOMMENDED, "--compile"),
-                      "plain loop, compiled": plain(compile=True)}
-        rows += rows_of(f"{count} of {side}x{side}, hidden {hidden}", calls, device, count,
-                        steps.flops_of(side, device, *flags))
-    return rows
+        ours, calls = partial(steps.Training, images, *flags), {"plain loop, TF32": plain()}
+        calls |= {"vqvae.py --compile": ours("--compile"),
+                  "recommended --compile": ours(*steps.RECOMMENDED, "--compile"),
+                  "plain loop, compiled": plain(compile=True)} if compiled else {
+                      "vqvae.py --no-graph": ours("--no-graph"), "vqvae.py": ours(),
+                      "recommended": ours(*steps.RECOMMENDED),
+                      "recommended-photos": ours("--recipe", "recommended-photos")}
+        yield from rows_of(f"{count} of {side}x{side}, hidden {hidden}", calls, device, count,
+                           steps.flops_of(side, device, *flags))
 
 
 def others(device, small):
     """A step of vqgan.py and of the prior, and sampling of 64 grids of 8x8."""
     count, hidden = (4, 16) if small else (128, 128)
-    images, rows = steps.noise(count, 32, device), []
-    rows += rows_of("vqgan.py step", {
+    images = steps.noise(count, 32, device)
+    yield from rows_of("vqgan.py step", {
         label: gpu_steps.Adversarial(images, "--hidden-size", hidden, *flags)
         for label, flags in (("--no-graph", ("--no-graph",)), ("graph", ()))}, device, count)
-    rows += rows_of("prior step, 8x8", {label: gpu_steps.prior_step(device, count, graph=graph, small=small)
-                                        for label, graph in (("--no-graph", False), ("graph", True))}, device, count)
+    yield from rows_of("prior step, 8x8", {
+        label: gpu_steps.prior_step(device, count, graph=graph, small=small)
+        for label, graph in (("--no-graph", False), ("graph", True))}, device, count)
     prior = GatedPixelCNN(512, 16 if small else 64, 3 if small else 15, 10).to(device).eval()
     label = torch.zeros(4 if small else 64, dtype=torch.int64, device=device)
     shape = (3, 3) if small else (8, 8)
-    rows += rows_of("64 grids of 8x8", {
+    yield from rows_of("64 grids of 8x8", {
         "a full forward a position": partial(gpu_steps.sample_plainly, prior, label, shape),
         "generate": partial(prior.generate, label, shape, len(label))}, device, len(label))
-    return rows
 
 
 def memory(device, small):
     """Peak memory of a step, in MB."""
     if device.type != "cuda":
-        return [{"what": "no GPU"}]
-    rows = []
+        yield {"what": "no GPU"}
+        return
     for side, count, *flags in STEPS[0], STEPS[2]:
         for more in (("--no-graph",), ()) + (("--compile",),) * (not flags):  # compiled before, by `training`
             torch.cuda.empty_cache()
@@ -303,14 +312,12 @@ def memory(device, small):
             step = steps.Training(steps.noise(count, side, device), *flags, *more)
             for _ in range(6):
                 step()
-            rows.append({"what": f"{count} of {side}x{side} {' '.join(more)}",
-                         "MB": round((torch.cuda.max_memory_allocated(device) - before) / 2 ** 20)})
-    return rows
+            yield {"what": f"{count} of {side}x{side} {' '.join(more)}",
+                   "MB": round((torch.cuda.max_memory_allocated(device) - before) / 2 ** 20)}
 
 
 def profile(device, small):
-    """The kernels that take most of a default step, as it runs."""
-    rows = []
+    """The kernels that take most of a step, as it runs."""
     for flags in ((), steps.RECOMMENDED):
         step = steps.Training(steps.noise(4 if small else 128, 32, device), *flags)
         for _ in range(8):
@@ -324,13 +331,12 @@ def profile(device, small):
         events = [event for event in seen.key_averages() if getattr(event, key) > 0 and (
             device.type != "cuda" or event.device_type == torch.autograd.DeviceType.CUDA)]
         total = sum(getattr(event, key) for event in events)
-        rows.append({"flags": " ".join(flags) or "default", "kernel": "all", "us a step": round(total / 5, 1),
-                     "calls": sum(event.count for event in events) // 5, "%": 100})
+        yield {"flags": " ".join(flags) or "default", "kernel": "all", "us a step": round(total / 5, 1),
+               "calls": sum(event.count for event in events) // 5, "%": 100}
         for event in sorted(events, key=lambda event: -getattr(event, key))[:12]:
-            rows.append({"flags": " ".join(flags) or "default", "kernel": event.key[:80],
-                         "us a step": round(getattr(event, key) / 5, 1), "calls": event.count // 5,
-                         "%": round(100 * getattr(event, key) / total, 1)})
-    return rows
+            yield {"flags": " ".join(flags) or "default", "kernel": event.key[:80],
+                   "us a step": round(getattr(event, key) / 5, 1), "calls": event.count // 5,
+                   "%": round(100 * getattr(event, key) / total, 1)}
 
 
 PARTS = {
@@ -347,4 +353,5 @@ PARTS = {
 }
 
 if __name__ == "__main__":
+    signal.alarm(MOST_SECONDS)
     cli.run(main, many=False)
