@@ -1,10 +1,12 @@
 """What a device asks of training: its name, its precision, its optimizer, and a whole step in one launch."""
 import ctypes
 import platform
+import subprocess
 import time
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -46,7 +48,9 @@ def keep_freed_memory(most=MOST_KEPT):
 
 
 def pick_device(name):
-    """torch.device of a name; auto is cuda, then mps, then cpu. UserError where the machine has no such device."""
+    """torch.device of a name; auto is cuda, then mps, then cpu. UserError where the machine has no such device, or its
+    kernels cannot be launched.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and distributed.world_size() > 1:
@@ -62,9 +66,22 @@ def pick_device(name):
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
+        _build_launcher()
         torch.backends.cudnn.benchmark = True  # training has images of one size
         allow_tf32(False)
     return device
+
+
+def _build_launcher():
+    """Let Triton, where it is installed, build what launches its kernels, now and not in the first step."""
+    if not find_spec("triton"):
+        return
+    from triton.runtime import driver
+    try:
+        driver.active  # noqa: B018 (its first use builds)
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        raise UserError("a GPU needs a C compiler and the headers of Python, for Triton "
+                        f"({_line(error)}): apt install gcc python3-dev, or use --device cpu") from error
 
 
 def allow_tf32(allowed):

@@ -1,5 +1,6 @@
 """What a GPU needs, shown without one: no step waits for the device, no tensor is left behind, few operators a step."""
 from collections import Counter
+from subprocess import CalledProcessError
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from functions import vq
 from harness import checkpoint, device
+from harness.errors import UserError
 from harness.run import Run
 from losses import TERMS, ReconstructionLoss
 from metrics import CONVENTIONS, IMAGE_METRICS, as_8bit
@@ -183,6 +185,7 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(device, "_build_launcher", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
@@ -193,6 +196,17 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
         assert device.pick_device("cuda:1") == torch.device("cuda", 1) and taken == [0, 0, 1]
     finally:
         torch.set_float32_matmul_precision(allowed)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), CalledProcessError(1, ["gcc"])])
+def test_a_gpu_without_a_compiler_is_one_line(monkeypatch, error):
+    class Driver:
+        @property
+        def active(self):
+            raise error
+    monkeypatch.setattr(pytest.importorskip("triton.runtime", reason="needs Triton"), "driver", Driver())
+    with pytest.raises(UserError, match="apt install gcc"):
+        device._build_launcher()
 
 
 @pytest.mark.parametrize("precision, allowed", [("fp32", True), ("bf16", False)])
