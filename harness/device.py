@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ import torch._functorch.config
 
 from harness import distributed
 from harness.errors import UserError
+from kernels import backend
 
 WARM_UP = 3  # steps before a capture: libraries pick their kernels and take their memory, the optimizer makes its state
 MOST_GRAPHS = 6  # of a step: each part that is switched on, and logged steps, have one of their own
@@ -48,9 +48,7 @@ def keep_freed_memory(most=MOST_KEPT):
 
 
 def pick_device(name):
-    """torch.device of a name; auto is cuda, then mps, then cpu. UserError where the machine has no such device, or its
-    kernels cannot be launched.
-    """
+    """torch.device of a name; auto is cuda, then mps, then cpu. UserError where the machine has no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and distributed.world_size() > 1:
@@ -66,22 +64,23 @@ def pick_device(name):
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-        _build_launcher()
+        _try_triton()
         torch.backends.cudnn.benchmark = True  # training has images of one size
         allow_tf32(False)
     return device
 
 
-def _build_launcher():
-    """Let Triton, where it is installed, build what launches its kernels, now and not in the first step."""
-    if not find_spec("triton"):
+def _try_triton():
+    """Let Triton build what launches its kernels, now and not in the first step; where it cannot, go on without it."""
+    if not backend.has_triton:
         return
     from triton.runtime import driver
     try:
-        driver.active  # noqa: B018 (its first use builds)
-    except (RuntimeError, subprocess.SubprocessError) as error:
-        raise UserError("a GPU needs a C compiler and the headers of Python, for Triton "
-                        f"({_line(error)}): apt install gcc python3-dev, or use --device cpu") from error
+        driver.active.get_current_target()  # its first use builds
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        backend.has_triton = False
+        print(f"training goes on without the kernels in Triton, more slowly: it has no C compiler or no headers of "
+              f"Python (apt install gcc python3-dev): {_line(error)}", flush=True)
 
 
 def allow_tf32(allowed):

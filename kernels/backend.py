@@ -4,12 +4,12 @@ from importlib.util import find_spec
 
 import torch
 
-HAS_TRITON = find_spec("triton") is not None  # not on Windows, nor in builds for a CPU
+has_triton = find_spec("triton") is not None  # not on Windows, nor in builds for a CPU; no more where it fails
 
 
 def fits_triton(*tensors):
     """Whether a kernel written in Triton takes these tensors."""
-    return HAS_TRITON and all(x.is_cuda and x.dtype != torch.float64 for x in tensors)
+    return has_triton and all(x.is_cuda and x.dtype != torch.float64 for x in tensors)
 
 
 @contextmanager
