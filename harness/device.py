@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ import torch._functorch.config
 
 from harness import distributed
 from harness.errors import UserError
-from kernels import backend
 
 WARM_UP = 3  # steps before a capture: libraries pick their kernels and take their memory, the optimizer makes its state
 MOST_GRAPHS = 6  # of a step: each part that is switched on, and logged steps, have one of their own
@@ -70,15 +70,19 @@ def pick_device(name):
     return device
 
 
+has_triton = find_spec("triton") is not None  # not on Windows, nor in builds for a CPU; no more where it fails
+
+
 def _try_triton():
     """Let Triton build what launches its kernels, now and not in the first step; where it cannot, go on without it."""
-    if not backend.has_triton:
+    global has_triton
+    if not has_triton:
         return
     from triton.runtime import driver
     try:
         driver.active.get_current_target()  # its first use builds
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-        backend.has_triton = False
+        has_triton = False
         print(f"training goes on without the kernels in Triton, more slowly: it has no C compiler or no headers of "
               f"Python (apt install gcc python3-dev): {_line(error)}", flush=True)
 

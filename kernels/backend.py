@@ -1,15 +1,14 @@
 """Which way a kernel goes: Triton on a GPU, where it is installed, else PyTorch's own operators in whole float32."""
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 import torch
 
-has_triton = find_spec("triton") is not None  # not on Windows, nor in builds for a CPU; no more where it fails
+from harness import device
 
 
 def fits_triton(*tensors):
     """Whether a kernel written in Triton takes these tensors."""
-    return has_triton and all(x.is_cuda and x.dtype != torch.float64 for x in tensors)
+    return device.has_triton and all(x.is_cuda and x.dtype != torch.float64 for x in tensors)
 
 
 @contextmanager

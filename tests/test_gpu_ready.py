@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from functions import vq
 from harness import checkpoint, device
 from harness.run import Run
-from kernels import backend
 from losses import TERMS, ReconstructionLoss
 from metrics import CONVENTIONS, IMAGE_METRICS, as_8bit
 from modules import GatedPixelCNN, VectorQuantizedVAE
@@ -205,9 +204,9 @@ def test_a_gpu_without_a_compiler_trains_without_triton(monkeypatch, capsys, err
         def active(self):
             raise error
     monkeypatch.setattr(pytest.importorskip("triton.runtime", reason="needs Triton"), "driver", Driver())
-    monkeypatch.setattr(backend, "has_triton", True)
+    monkeypatch.setattr(device, "has_triton", True)
     device._try_triton()
-    assert not backend.has_triton and "apt install gcc" in capsys.readouterr().out
+    assert not device.has_triton and "apt install gcc" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision, allowed", [("fp32", True), ("bf16", False)])
