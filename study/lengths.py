@@ -24,18 +24,21 @@ def main():
     panels, seen = {title: {} for title in PANELS}, {}
     for folder in (Path("models") / name for name in args.comparisons):
         flags, gains = read(folder)
-        epochs = flags["num_epochs"]
-        if epochs in seen:
-            raise UserError(f"{folder} and {seen[epochs][0]} are both of {epochs} epochs: give one of each length")
-        seen[epochs] = folder, flags
-        first, known = next(iter(seen.values()))
+        unit = "minutes" if flags["minutes"] else "epochs"
+        length = flags["minutes"] or flags["num_epochs"]
+        first, known = next(iter(seen.values()), (folder, flags))
+        if bool(flags["minutes"]) != bool(known["minutes"]):
+            raise UserError(f"{folder} was trained for {unit} and {first} was not: they share no axis")
+        if length in seen:
+            raise UserError(f"{folder} and {seen[length][0]} are both of {length:g} {unit}: give one of each length")
+        seen[length] = folder, flags
         differ = [name for name in flags if name not in MAY_DIFFER and flags[name] != known.get(name)]
         if differ:
             raise UserError(f"{folder} was trained with another {differ[0]} than {first}: only lengths and learning "
                             "rates may differ")
         for title, curve, numbers in gains:
-            panels[title].setdefault(curve, []).append((epochs, *numbers))
-    print(report.draw_curves(args.output, "epochs of training", panels, log_ticks=sorted(seen)))
+            panels[title].setdefault(curve, []).append((length, *numbers))
+    print(report.draw_curves(args.output, f"{unit} of training", panels, log_ticks=sorted(seen)))
 
 
 def check_output(path):
@@ -60,10 +63,7 @@ def read(folder):
         raise UserError(f"{path} compares a baseline with itself alone: leave it out")
     of_test = folder.name == "test" and not (folder / name).is_dir()  # whose runs lie in the folder above
     path = (folder.parent if of_test else folder) / name / "args.json"
-    flags = checkpoint.load_json(path, {"num_epochs": fields.whole(1), "minutes": object})
-    if flags["minutes"]:
-        raise UserError(f"{folder} was trained for minutes, the plot is over epochs: leave it out")
-    return flags, gains
+    return checkpoint.load_json(path, fields.LAST["args"]), gains
 
 
 def _numbers(estimate):

@@ -40,6 +40,17 @@ def test_a_plot_has_a_point_for_each_length(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "plot.png").size[0] > 1000
 
 
+def test_lengths_may_be_minutes(tmp_path, monkeypatch):
+    for minutes in (20., 60.):
+        compared(tmp_path, f"minutes-{minutes:g}", 100, [0.5], minutes=minutes)
+    drawn = []
+    monkeypatch.setattr(report, "draw_curves", lambda path, label, panels, **how: drawn.append((label, panels, how)))
+    assert call(tmp_path, "study/lengths.py", "minutes-20", "minutes-60")[0] == 0
+    (label, panels, how), = drawn
+    assert label == "minutes of training" and how == {"log_ticks": [20., 60.]}
+    assert all([x for x, *_ in points] == [20., 60.] for curves in panels.values() for points in curves.values())
+
+
 def test_bad_input_is_one_line(tmp_path):
     compared(tmp_path, "minutes", 100, [1., 1.], minutes=5.)
     compared(tmp_path, "alone", 4, [1.], losses=[{"mse": 1.}])
@@ -53,7 +64,8 @@ def test_bad_input_is_one_line(tmp_path):
         table = json.loads((tmp_path / "models" / name / "table.json").read_text())
         table["against"][1]["psnr - baseline"] = values
         (tmp_path / "models" / name / "table.json").write_text(json.dumps(table))
-    for names, words in (("minutes", "for minutes"), ("alone", "with itself"), ("cut", "does not hold all"),
+    for names, words in (("four minutes", "share no axis"), ("minutes minutes", "both of 5 minutes"),
+                         ("alone", "with itself"), ("cut", "does not hold all"),
                          ("damaged", "does not hold all"), ("old", "does not hold all"),
                          ("turned", "lies outside 2.0 to 0.0"), ("none", "its num_epochs is 0"),
                          ("missing", "missing/table.json"), ("four again", "both of 4 epochs"),
