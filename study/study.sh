@@ -138,16 +138,16 @@ instead() (
     compare "minutes-$2" --baseline $BASELINE --losses $MIX $VQGAN --minutes "$2"
 )
 
-# photographs NAME SIDE FLAG...: the same for trainings on PHOTOS, at so many pixels a side.
+# photographs NAME SIDE WIDTH FLAG...: the same for trainings on PHOTOS, at so many pixels a side and hidden size.
 photographs() {
-    name=$1 side=$2
-    shift 2
-    tables "$name" --data-folder "$PHOTOS" --image-size "$side" --random-crop --hidden-size 64 --lr 4e-3 "$@"
+    name=$1 side=$2 width=$3
+    shift 3
+    tables "$name" --data-folder "$PHOTOS" --image-size "$side" --random-crop --hidden-size "$width" --lr 4e-3 "$@"
 }
 
 # Which loss suits photographs? The baseline at its best weight and rate, and mixes; watch the colours (saturation ratio).
 photo_losses() {
-    photographs photo-losses 64 --batch-size 32 --num-epochs 8 --baseline $PHOTO_BASELINE --losses mse=1 mse=20 \
+    photographs photo-losses 64 64 --batch-size 32 --num-epochs 8 --baseline $PHOTO_BASELINE --losses mse=1 mse=20 \
         $PHOTO_BASELINE,lr=2e-3 $PHOTO_BASELINE,lr=8e-3 $MIX $PHOTO_MIX $PHOTO_MIX,gabor=0 $PHOTO_MIX,coarse-chroma=0 \
         $PHOTO_MIX,sharpen=1 $PHOTO_MIX,fine-blocks=1
 }
@@ -155,18 +155,22 @@ photo_losses() {
 # The claim on photographs of 128x128: the same runs on valid, and once on test.
 photo_claim() {
     for split in valid test; do
-        photographs photo-claim 128 --split $split --batch-size 32 --num-epochs 20 --baseline $PHOTO_BASELINE \
+        photographs photo-claim 128 32 --split $split --batch-size 32 --num-epochs 20 --baseline $PHOTO_BASELINE \
             --losses $PHOTO_MIX --seeds $SEEDS
     done
 }
 
-# Where does a discriminator overtake the loss? Equal time, three lengths.
+# Where does a discriminator overtake the loss? Equal time, three lengths, and a plot of them. The discriminator is as
+# wide as the network.
 photo_minutes() (
-    JOBS=1
+    JOBS=1 late=disc-lr=5e-4,disc-start=0.5
     for minutes in $PHOTO_MINUTES; do
-        photographs "photo-minutes-$minutes" 128 --batch-size 16 --minutes "$minutes" --baseline $PHOTO_BASELINE --losses \
-            $PHOTO_MIX "$PHOTO_BASELINE,vqgan=0.1,disc-lr=5e-4,disc-start=0.5" l1=5,vqgan=0.1,perceptual=5,disc-start=0.5
+        photographs "photo-minutes-$minutes" 128 32 --batch-size 16 --minutes "$minutes" \
+            --vqgan-flags "--disc-hidden-size 32" --baseline $PHOTO_BASELINE --losses $PHOTO_MIX \
+            "$PHOTO_BASELINE,vqgan=0.1,$late" "$PHOTO_BASELINE,vqgan=0.1,perceptual=1,$late" \
+            "l1=5,vqgan=0.1,perceptual=5,$late"
     done
+    "$PYTHON" -m study.lengths $(printf 'study/photo-minutes-%s ' $PHOTO_MINUTES) --output models/study/minutes.png
 )
 
 # Does it help the prior? The same PixelCNN on the codes of both: nats, the distance and the classes of its samples.
