@@ -10,6 +10,7 @@ from study.tables import MEAN_OF_JUDGES
 PANELS = {"mean of judges ÷ the baseline's": MEAN_OF_JUDGES,
           "PSNR − the baseline's (dB)": "psnr - baseline",
           "gradient ratio − the baseline's": "gradient_ratio - baseline"}
+OF_CLASSIFIER = {"classifier's distance ÷ the baseline's": "frechet_distance/classifier / baseline"}  # where it judged
 PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
 MAY_DIFFER = run.MAY_CHANGE_ON_RESUME | datasets.MAY_CHANGE_ON_RESUME | {"seed", "output_folder", "made_with"}
 
@@ -21,7 +22,7 @@ def main():
     parser.add_argument("--output", type=cli.path, default="lengths.png", help="PNG file (default %(default)s)")
     args = parser.parse_args()
     check_output(Path(args.output))
-    panels, seen = {title: {} for title in PANELS}, {}
+    panels, seen = {}, {}
     for folder in (Path("models") / name for name in args.comparisons):
         flags, gains = read(folder)
         unit = "minutes" if flags["minutes"] else "epochs"
@@ -37,7 +38,7 @@ def main():
             raise UserError(f"{folder} was trained with another {differ[0]} than {first}: only lengths and learning "
                             "rates may differ")
         for title, curve, numbers in gains:
-            panels[title].setdefault(curve, []).append((length, *numbers))
+            panels.setdefault(title, {}).setdefault(curve, []).append((length, *numbers))
     print(report.draw_curves(args.output, f"{unit} of training", panels, log_ticks=sorted(seen)))
 
 
@@ -58,7 +59,8 @@ def read(folder):
         table = checkpoint.load_json(path)
         name = "{loss}-seed{seed}".format_map(table["runs"][0])
         gains = [(title, f"{row['loss']} against {row['baseline']}", _numbers(row[column]))
-                 for row in table["against"] if row["loss"] != row["baseline"] for title, column in PANELS.items()]
+                 for row in table["against"] if row["loss"] != row["baseline"]
+                 for title, column in (PANELS | OF_CLASSIFIER).items() if title in PANELS or column in row]
     if not gains:
         raise UserError(f"{path} compares a baseline with itself alone: leave it out")
     of_test = folder.name == "test" and not (folder / name).is_dir()  # whose runs lie in the folder above

@@ -10,14 +10,14 @@ from study import estimates, lengths, tables
 from study.runs import Sweep
 
 
-def compared(folder, name, epochs, values, losses=({"mse": 1.}, {"l1": 1.}), **flags):
+def compared(folder, name, epochs, values, losses=({"mse": 1.}, {"l1": 1.}), judge="x", **flags):
     """What compare.py leaves of a comparison that lengths.py reads: every figure of l1 is values, by seed, of mse 1."""
     path = folder / "models" / name
     run = (path.parent if path.name == "test" else path) / "mse-seed0"
     for made in (path, run):
         made.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps({"num_epochs": epochs, "minutes": None, "k": 8} | flags))
-    sweep, judged = Sweep(list(losses), [{"mse": 1.}], [""], len(values)), ["frechet_distance/x"]
+    sweep, judged = Sweep(list(losses), [{"mse": 1.}], [""], len(values)), [f"frechet_distance/{judge}"]
     figures = {(loss, seed): dict.fromkeys([*tables.DIFFERENCES, *judged], value if loss == "l1" else 1.) | {
         "trained_through": None} for loss in sweep.mixes for seed, value in enumerate(values)}
     rows = tables.against_baselines(sweep, figures, dict.fromkeys(figures, {}), judged)
@@ -42,12 +42,13 @@ def test_a_plot_has_a_point_for_each_length(tmp_path, monkeypatch):
 
 def test_lengths_may_be_minutes(tmp_path, monkeypatch):
     for minutes in (20., 60.):
-        compared(tmp_path, f"minutes-{minutes:g}", 100, [0.5], minutes=minutes)
+        compared(tmp_path, f"minutes-{minutes:g}", 100, [0.5], judge="classifier", minutes=minutes)
     drawn = []
     monkeypatch.setattr(report, "draw_curves", lambda path, label, panels, **how: drawn.append((label, panels, how)))
     assert call(tmp_path, "study/lengths.py", "minutes-20", "minutes-60")[0] == 0
     (label, panels, how), = drawn
     assert label == "minutes of training" and how == {"log_ticks": [20., 60.]}
+    assert set(panels) == set(lengths.PANELS | lengths.OF_CLASSIFIER)
     assert all([x for x, *_ in points] == [20., 60.] for curves in panels.values() for points in curves.values())
 
 
