@@ -166,7 +166,7 @@ photo_minutes() (
     JOBS=1 late=disc-lr=5e-4,disc-start=0.5
     for minutes in $PHOTO_MINUTES; do
         photographs "photo-minutes-$minutes" 128 32 --batch-size 16 --minutes "$minutes" \
-            --vqgan-flags "--disc-hidden-size 32" --baseline $PHOTO_BASELINE --losses $PHOTO_MIX \
+            --vqgan-flags=--disc-hidden-size=32 --baseline $PHOTO_BASELINE --losses $PHOTO_MIX \
             "$PHOTO_BASELINE,vqgan=0.1,$late" "$PHOTO_BASELINE,vqgan=0.1,perceptual=1,$late" \
             "l1=5,vqgan=0.1,perceptual=5,$late"
     done

@@ -67,7 +67,7 @@ def seen(command):
     script, *words = command
     parser = argparse.ArgumentParser(allow_abbrev=False)
     experiment.add_arguments(parser, output_folder="run")
-    for name in ("disc-weight", "disc-start", "disc-lr", "disc-layers", "perceptual-weight"):
+    for name in ("disc-weight", "disc-start", "disc-lr", "disc-layers", "disc-hidden-size", "perceptual-weight"):
         parser.add_argument(f"--{name}", type=float)
     return script, vars(experiment.parse_args(parser, words))
 

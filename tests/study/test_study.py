@@ -37,9 +37,12 @@ def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions
             seen(mixes.command_of(mix, 0, flags, args.vqgan_flags))
         splits.append(args.split)
     assert splits.count("test") == (2 if "--quick" in arguments else 3)  # the claim: two lengths, and photographs
-    plot, = (command for command in found if command[:2] == ["-m", "study.lengths"])
-    lengths = ["1", "2"] if arguments == ("--quick",) else ["4", "12", "30", "60"]
-    assert plot[2:] == [*(f"study/epochs-{length}" for length in lengths), "--output", "models/study/lasts.png"]
+    plots = [command[2:] for command in found if command[:2] == ["-m", "study.lengths"]]
+    quick = arguments == ("--quick",)
+    lengths = ["1", "2"] if quick else ["4", "12", "30", "60"]
+    assert plots[0] == [*(f"study/epochs-{length}" for length in lengths), "--output", "models/study/lasts.png"]
+    minutes = [f"study/photo-minutes-{length}" for length in (20, 60, 180)]
+    assert plots[1:] == ([] if quick else [[*minutes, "--output", "models/study/minutes.png"]])
 
 
 @pytest.mark.parametrize("name", ["my images", "a\ttab", "cifar[1]", "wild*", "$HOME", "-dash", 'quo"te'])
