@@ -18,6 +18,7 @@ from harness.folder import lock
 from harness.run import Run
 
 THREADS = torch.get_num_threads()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
 
 
 @pytest.fixture(autouse=True)
