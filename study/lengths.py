@@ -25,14 +25,13 @@ def main():
     panels, seen = {}, {}
     for folder in (Path("models") / name for name in args.comparisons):
         flags, gains = read(folder)
-        unit = "minutes" if flags["minutes"] else "epochs"
-        length = flags["minutes"] or flags["num_epochs"]
-        first, known = next(iter(seen.values()), (folder, flags))
-        if bool(flags["minutes"]) != bool(known["minutes"]):
+        unit, length = ("minutes", flags["minutes"]) if flags["minutes"] else ("epochs", flags["num_epochs"])
+        first, unit_of_first, known = next(iter(seen.values()), (folder, unit, flags))
+        if unit != unit_of_first:
             raise UserError(f"{folder} was trained for {unit} and {first} was not: they share no axis")
         if length in seen:
             raise UserError(f"{folder} and {seen[length][0]} are both of {length:g} {unit}: give one of each length")
-        seen[length] = folder, flags
+        seen[length] = folder, unit, flags
         differ = [name for name in flags if name not in MAY_DIFFER and flags[name] != known.get(name)]
         if differ:
             raise UserError(f"{folder} was trained with another {differ[0]} than {first}: only lengths and learning "
