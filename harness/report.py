@@ -153,7 +153,7 @@ def draw_curves(path, label, panels, log_ticks=()):
             axes.set_xscale("log")
             axes.set_xticks(log_ticks, [f"{tick:g}" for tick in log_ticks])
             axes.minorticks_off()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     return _save_figure(path, figure)
 
 

@@ -15,6 +15,7 @@ from harness import checkpoint
 from harness.batches import Batches
 from harness.device import autocast_of
 from harness.errors import UserError
+from harness.progress import Progress
 
 EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY = 5, 128, 3e-3, 5e-2
 SHIFT = 1 / 8  # of a side: the furthest that a training image is moved
@@ -119,15 +120,17 @@ def train_classifier(data, epochs=EPOCHS, seed=0):
         optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * len(batches) + 1)
         generator, autocast = torch.Generator().manual_seed(seed), autocast_of(device, "auto")
-        for epoch in range(epochs):
-            for x, label in batches.epoch(epoch):
-                with autocast():
-                    logits = model.logits(model(shifted((x + 1) / 2, generator)))
-                loss = F.cross_entropy(logits.float(), label)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        with Progress("classifier", epochs * len(data.train.labels)) as progress:
+            for epoch in range(epochs):
+                for x, label in batches.epoch(epoch):
+                    with autocast():
+                        logits = model.logits(model(shifted((x + 1) / 2, generator)))
+                    loss = F.cross_entropy(logits.float(), label)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    progress.add(len(label))
     return model.eval()
 
 

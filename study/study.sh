@@ -32,7 +32,7 @@ case ${1:-} in
     IMAGES=$1 PHOTOS=${2:-} DATA="--hidden-size 64"
     JUDGES="effnet-lite0 classifier" SEEDS=${SEEDS:-3} LENGTHS="4 12 30 60" SHORT=4 LONG=12 WIDTH=256
     MINUTES="5 30" CODES="64 512 4096" PRIOR="--num-epochs 20"
-    PHOTO_MINUTES="20 60 180" QUESTIONS="$QUESTIONS${PHOTOS:+ $OF_PHOTOS}" ;;
+    PHOTO_MINUTES="7 20 60 180" QUESTIONS="$QUESTIONS${PHOTOS:+ $OF_PHOTOS}" ;;
 esac
 
 fail() {
@@ -160,7 +160,7 @@ photo_claim() {
     done
 }
 
-# Where does a discriminator overtake the loss? Equal time, three lengths, and a plot of them. The discriminator is as
+# Where does a discriminator overtake the loss? Equal time, several lengths, and a plot of them. The discriminator is as
 # wide as the network.
 photo_minutes() (
     JOBS=1 late=disc-lr=5e-4,disc-start=0.5

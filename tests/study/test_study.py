@@ -19,7 +19,7 @@ def commands(folder, *arguments, **environment):
     return done.returncode, lines, done.stderr
 
 
-@pytest.mark.parametrize("arguments, questions", [(("--quick",), 16), (("CIFAR", "PHOTOS"), 26)])
+@pytest.mark.parametrize("arguments, questions", [(("--quick",), 16), (("CIFAR", "PHOTOS"), 27)])
 def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions):
     for folder in ("CIFAR", "PHOTOS"):
         (tmp_path / folder).mkdir()
@@ -41,7 +41,7 @@ def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions
     quick = arguments == ("--quick",)
     lengths = ["1", "2"] if quick else ["4", "12", "30", "60"]
     assert plots[0] == [*(f"study/epochs-{length}" for length in lengths), "--output", "models/study/lasts.png"]
-    minutes = [f"study/photo-minutes-{length}" for length in (20, 60, 180)]
+    minutes = [f"study/photo-minutes-{length}" for length in (7, 20, 60, 180)]
     assert plots[1:] == ([] if quick else [[*minutes, "--output", "models/study/minutes.png"]])
 
 
