@@ -83,7 +83,7 @@ def _try_triton():
         driver.active.get_current_target()  # its first use builds
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         has_triton = False
-        print(f"Triton's kernels are left out, which is slower: there is no C compiler or there are no headers of "
+        print("Triton's kernels are left out, which is slower: there is no C compiler here, or no headers of "
               f"Python (apt install gcc python3-dev): {_line(error)}", flush=True)
 
 
