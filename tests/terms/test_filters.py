@@ -22,7 +22,7 @@ def responses(luma):
     return np.maximum([*found, *(-response for response in found)], 0)
 
 
-@pytest.mark.parametrize("side, scales", [(48, 3), (20, 2)])
+@pytest.mark.parametrize("side, scales", [(48, 3), (47, 3), (20, 2)])
 def test_gabor_is_the_distance_of_normalised_responses(side, scales):
     crops = np.stack([getattr(data, name)()[40:40 + side, 60:60 + side] for name in ("astronaut", "coffee")])
     x = torch.from_numpy(crops).permute(0, 3, 1, 2) / 127.5 - 1
@@ -33,8 +33,16 @@ def test_gabor_is_the_distance_of_normalised_responses(side, scales):
         for _ in range(scales):
             a, b = (part / np.sqrt((part ** 2).sum(0) + 0.05 ** 2) for part in map(responses, lumas))
             expected.append(((a - b) ** 2).sum(0).mean())
-            lumas = [luma.reshape(len(luma) // 2, 2, -1, 2).mean((1, 3)) for luma in lumas]
+            half = len(lumas[0]) // 2
+            lumas = [luma[:2 * half, :2 * half].reshape(half, 2, half, 2).mean((1, 3)) for luma in lumas]
     assert TERMS["gabor"](y, x).item() == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 10), (1, 3, 9, 16), (1, 1, 17, 11)])
+def test_gradient_of_gabor_is_that_of_its_value(shape):
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.rand(2, *shape, generator=generator, dtype=torch.float64) * 2 - 1
+    assert torch.autograd.gradcheck(lambda y: TERMS["gabor"](y, x), y.requires_grad_())
 
 
 def test_gabor_needs_room_for_a_filter():
