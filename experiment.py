@@ -10,7 +10,7 @@ import datasets
 import metrics
 from datasets import check_alike, check_same
 from harness import checkpoint, cli, distributed, fields
-from harness.device import adam, pick_precision
+from harness.device import adam, allow_tf32, pick_precision
 from harness.errors import UserError
 from harness.folder import check_data, check_folder, run_folder
 from harness.report import image_rows, markdown_table, save_picture, size_of
@@ -209,6 +209,7 @@ def validate(run, model, data, criterion, autocast, monitor):
 def report(run, model, data, criterion):
     """Measure the best epoch, once, on the test split: results.json, a picture and a table."""
     run.take_best(model)
+    allow_tf32(False)
     values = measure(model, data.test, criterion)[1]
     run.log({"loss/test/reconstruction": values["loss"], "loss/test/quantization": values["quantization"]})
     x = data.test.examples(PICTURES)

@@ -120,7 +120,8 @@ def main():
             scale = run.lr_scale(data.train)
             set_lr(optimizer, args.lr * scale)
             set_lr(disc_optimizer, (args.disc_lr or args.lr) * scale)
-            values = step(x, run.log_now(), has_started(run, data.train, args.disc_start))
+            adversarial = bool(disc_optimizer.state) or has_started(run, data.train, args.disc_start)
+            values = step(x, run.log_now(), adversarial)  # once started it stays, where --resume trains for longer too
             if run.log_now():
                 run.log(values | {"lr": args.lr * scale})
         experiment.validate(run, judged, data, criterion, autocast, args.monitor)

@@ -199,4 +199,4 @@ def _is_lack_of_memory(error):
         return False
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed",
-                                          "integer multiplication overflow"))
+                                          "integer multiplication overflow", "_STATUS_ALLOC_FAILED"))

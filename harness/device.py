@@ -1,7 +1,9 @@
 """What a device asks of training: its name, its precision, its optimizer, and a whole step in one launch."""
 import ctypes
 import platform
+import resource
 import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -53,6 +55,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and distributed.world_size() > 1:
         name = f"cuda:{distributed.local_rank()}"
+    elif name.startswith("cuda:") and distributed.world_size() > 1:
+        raise UserError(f"--device {name} is one GPU for several processes: leave its number out, and each has its own")
     try:
         device = torch.device(name)
         if device.type == "meta":
@@ -85,6 +89,14 @@ def _try_triton():
         has_triton = False
         print("Triton's kernels are left out, which is slower: there is no C compiler here, or no headers of "
               f"Python (apt install gcc python3-dev): {_line(error)}", flush=True)
+
+
+def peak_memory_mb(device):
+    """Most memory held at once so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2 ** 20  # with what a graph keeps to itself
+    unit = 1 if sys.platform == "darwin" else 2 ** 10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
 
 
 def allow_tf32(allowed):
@@ -178,7 +190,8 @@ def compiled(function, ready=_always):
     """A function of a training step by torch.compile, forward and backward; where that fails, as it is.
 
     A failure of any call is one line, and the function is called as it is from then on. It is called so, too, until it
-    is `ready`, on batches of another shape than the first, and where a plain input is true, as for a logged step.
+    is `ready` and a batch has the shape of one before, on batches of other shapes, and where a plain input is true, as
+    for a logged step.
     """
     for name, value in COMPILER_SETTINGS.items():
         if hasattr(torch._functorch.config, name):
@@ -188,15 +201,18 @@ def compiled(function, ready=_always):
 
 class _Compiled:
     def __init__(self, function, ready):
-        self.plain, self.ready, self.kind = function, ready, None
+        self.plain, self.ready, self.kind, self.seen = function, ready, None, set()
         self.fast = torch.compile(function, fullgraph=distributed.world_size() == 1, dynamic=False)
 
     def __call__(self, *inputs):
         kind = _kind(inputs)
-        if not (self.fast and self.ready()) or any(value is True for value in inputs) or kind != (self.kind or kind):
+        if not (self.fast and self.ready()) or any(value is True for value in inputs):
             return self.plain(*inputs)
-        start, first = time.perf_counter(), self.kind is None
-        self.kind = kind
+        start, first = time.perf_counter(), self.kind is None and kind in self.seen
+        self.seen.add(kind)
+        self.kind = kind if first else self.kind
+        if kind != self.kind:
+            return self.plain(*inputs)
         try:
             values = self.fast(*inputs)
         except Exception as error:  # whatever a compiler, or the lack of one, raises
@@ -255,12 +271,29 @@ class GraphedStep:
         if kind not in self.captured:
             self.seen[kind] += self.ready()
             if self.seen[kind] <= WARM_UP or len(self.captured) >= self.most or not self._capture(kind, inputs):
-                return self.graphs.warm_up(self.step, *inputs)
+                return self._plain(inputs)
         static, replay = self.captured[kind]
         for old, new in zip(static, inputs):
             if torch.is_tensor(new):
                 old.copy_(new, non_blocking=True)
         return replay()
+
+    def _plain(self, inputs):
+        """The step as it is; without the graphs if there is no memory for both, which they keep to themselves."""
+        try:
+            return self.graphs.warm_up(self.step, *inputs)
+        except torch.OutOfMemoryError as error:
+            if not self.captured:
+                raise
+            self._give_up(error)
+        return self.graphs.warm_up(self.step, *inputs)  # here, where nothing holds the tensors of the step that failed
+
+    def _give_up(self, error):
+        """Go on without graphs: of what cannot be captured, or has no room beside them."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()  # memory of a graph
+        self.captured, self.most = {}, 0  # where one failed, earlier ones draw from the generator that it leaves behind
+        _say(self.what, f"is no CUDA graph: {_line(error)}")
 
     def _capture(self, kind, inputs):
         """Whether the step can be captured; nothing of it is computed meanwhile."""
@@ -268,10 +301,7 @@ class GraphedStep:
         try:
             self.captured[kind] = static, self.graphs.capture(self.step, *static)
         except Exception as error:  # what cannot be captured runs as it is
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()  # memory of the graph that failed
-            self.captured, self.most = {}, 0  # earlier graphs draw from the generator that it leaves behind
-            _say(self.what, f"is no CUDA graph: {_line(error)}")
+            self._give_up(error)
             return False
         if len(self.captured) == 1:
             _say(self.what, f"is one CUDA graph from here on, captured in {time.perf_counter() - start:.1f} s")

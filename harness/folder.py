@@ -16,9 +16,9 @@ WHERE = ("data_folder",)  # flags that say where the data of a run are, which is
 
 
 def run_folder(parent, name):
-    """Where the run of a name keeps its files under models or logs; in a SLURM job, with the job's id."""
+    """Where the run of a name keeps its files under models or logs; a new one of a SLURM job has the job's id."""
     job = os.environ.get("SLURM_JOB_ID")
-    return Path(parent) / (name + (f"-{job}" if job else ""))
+    return Path(parent) / (name + (f"-{job}" if job and not holds_run(Path("models") / name) else ""))
 
 
 def holds_run(folder):

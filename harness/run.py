@@ -1,7 +1,6 @@
 """One training run: its counters, curves, checkpoints, and how it ends."""
 import math
 import os
-import resource
 import shlex
 import signal
 import sys
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from harness import checkpoint, cli, curves, distributed, history, progress
+from harness.device import peak_memory_mb
 from harness.errors import UserError
 from harness.folder import WHERE, check_folder, last_checkpoint, lock, lost_best, made_with, plain, run_folder, shared
 from harness.schedule import lr_scale, update_of
@@ -25,14 +25,6 @@ NO_HPARAMS = {"output_folder", "resume", "overwrite", "log_every", "device", "no
 LOG_EVERY, LEAST_POINTS = 50, 20  # steps from one point of a curve to the next; points of a run, however short
 FIRST = "1_"  # before a tag: TensorBoard sorts digits before letters
 SOON = 3.  # seconds until a training says how long it will take
-
-
-def peak_memory_mb(device):
-    """Most memory held at once so far: of the GPU where there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    unit = 1 if sys.platform == "darwin" else 2 ** 10  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
 
 
 class Run:
@@ -112,7 +104,7 @@ class Run:
             print(f"{lost}: it is saved anew from last.pt, whose epoch is the best")
         elif self._is_done():
             raise UserError(f"{lost}, last.pt is not of the best epoch, and none is left to train: pass a larger "
-                            "--num-epochs, or --overwrite to train anew")
+                            f"{'--minutes' if self.args.minutes else '--num-epochs'}, or --overwrite to train anew")
         else:
             self.best = self.best_step = None
             print(f"{lost}, and last.pt is not of the best epoch: the best from epoch {self.epoch + 1} on is kept")
@@ -151,6 +143,8 @@ class Run:
         """Batches of the current epoch still to do, and how far they are; stops on SIGINT and SIGTERM."""
         sizes = loader.sizes()
         batches, size = len(sizes), sizes[0]
+        if self.resumed and self.resumed["counters"]["world"] != distributed.world_size():
+            self.batch = min(self.batch, batches)  # the last batch may have been a small one
         if self.batch > batches:
             raise UserError(f"{self.models / 'last.pt'} is damaged, it goes on at batch {self.batch} of {batches}: "
                             "--overwrite trains anew")
@@ -172,11 +166,10 @@ class Run:
                 self._forecast()
                 if self._out_of_time():
                     break
-                if self._due and self.batch < batches:
+                if self._due:
                     self._stop_if_asked()
         self._bar = None
         self._stop_clock()
-        self._raise_if_not_finite()
 
     def lr_scale(self, loader):
         """Factor of the learning rate at the batch of `loader` at hand."""
@@ -359,6 +352,7 @@ class Run:
         return self.seconds + (time.perf_counter() - self._started if self._started else 0.)
 
     def _stop_clock(self):
+        self._raise_if_not_finite()  # which waits for the device: what it has yet to do counts
         self.seconds, self._started = self._elapsed(), None
 
     def _time_share(self):

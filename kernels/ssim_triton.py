@@ -74,7 +74,8 @@ def columns_kernel(rows_ptr, fields_ptr, l_ptr, s_ptr, taps_ptr, row_count, coun
             value = luminance * structure
             grad = 1. / count
             if MODE == "root":
-                root = tl.sqrt(tl.maximum(1 - value, 0.) + ROOT_EPS)
+                short = tl.maximum(1 - value, 0., propagate_nan=tl.PropagateNan.ALL)
+                root = tl.sqrt(short + ROOT_EPS)
                 grad = tl.where(value <= 1, -0.5 / root, 0.) / count
                 value = root
             tl.store(l_ptr + tl.program_id(0), tl.sum(tl.where(live, value, 0.), 0))

@@ -92,6 +92,16 @@ def test_the_discriminator_starts_at_its_share_of_the_training_and_its_rate_fall
     assert disc_rate == pytest.approx(3 * rate) and rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * 9 / 10)) / 2)
 
 
+def test_a_discriminator_that_has_started_stays_in_a_longer_training(folder):
+    flags = (*GAN, "--disc-start", "0.5", "--num-epochs")
+    assert call(folder, "vqgan.py", *flags, "2")[0] == 0
+    code, _, err = call(folder, "vqgan.py", *flags, "6", "--resume")  # of which 2 epochs are a third
+    assert code == 0, err
+    events = EventAccumulator(str(folder / "logs/vqgan"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("vqgan/lambda")] == list(range(6, 36, 2))
+
+
 def test_a_share_of_the_time_where_time_is_the_budget():
     run = SimpleNamespace(step=1000, progress=lambda loader: 0.79)
     assert not vqgan.has_started(run, None, 0.8) and vqgan.has_started(run, None, 0.79)

@@ -108,14 +108,14 @@ def test_every_term_trains_alone(folder, term):
 
 def test_sharpen_changes_the_loss_and_no_metric(folder):
     results = {}
-    for amount in ("0", "2"):
+    for amount in ("0", "8"):
         code, _, err = run(folder, "--lr", "1e-12", "--num-epochs", "1", "--output-folder", amount, "--sharpen", amount,
-                           "--ssim-weight", "1")
+                           "--gradient-weight", "1")
         assert code == 0, err
         assert weights(folder, run=amount)["loss"]["sharpen"] == float(amount)
         results[amount] = json.loads((folder / "models" / amount / "results.json").read_text())
-    assert results["2"]["psnr"] == pytest.approx(results["0"]["psnr"], abs=1e-3)
-    assert results["2"]["loss"] > results["0"]["loss"] + 0.001
+    assert results["8"]["psnr"] == pytest.approx(results["0"]["psnr"], abs=1e-3)
+    assert results["8"]["loss"] > results["0"]["loss"] + 0.001
 
 
 @pytest.mark.parametrize("flags", [
@@ -160,9 +160,12 @@ def test_a_finished_run_is_refused_resumed_or_overwritten(folder):
     assert run(folder, "--num-epochs", "1", "--overwrite")[0] == 0 and weights(folder)["counters"]["epoch"] == 1
 
 
-def test_slurm_job_id_names_the_run(folder):
+def test_slurm_job_id_names_the_run_and_another_job_goes_on_with_it(folder):
     assert run(folder, "--num-epochs", "1", SLURM_JOB_ID="42")[0] == 0
     assert (folder / "models/vqvae-42/best.pt").exists() and (folder / "logs/vqvae-42").is_dir()
+    code, out, err = run(folder, "--num-epochs", "2", "--output-folder", "vqvae-42", "--resume", SLURM_JOB_ID="43")
+    assert code == 0 and "resuming" in out, err
+    assert [path.name for parent in ("models", "logs") for path in (folder / parent).iterdir()] == ["vqvae-42"] * 2
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(folder):

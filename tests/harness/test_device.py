@@ -9,6 +9,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from harness import device
 from harness.device import GraphedStep
+from harness.errors import UserError
 
 
 class Steps:
@@ -106,6 +107,31 @@ def test_a_step_that_cannot_be_captured_is_one_line_and_goes_on(capsys, first, c
     assert step.captured == {}
 
 
+class Full(Steps):
+    """A step whose other part finds no memory until a step has failed for want of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.full = True
+
+    def step(self, x, wide=False):
+        if wide and self.full:
+            self.full = False
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().step(x, wide)
+
+
+def test_a_plain_step_that_finds_no_memory_beside_the_graphs_goes_on_without_them(capsys):
+    runs, steps = [], (Steps(), Full())
+    for one, step in zip(steps, (steps[0].step, steps[1].graphed())):
+        torch.manual_seed(2)
+        runs.append(train(one, step, CASES["a part starts"]))
+    assert same(*runs) and step.captured == {} and step.graphs.captures == 1 and step.graphs.replays
+    assert capsys.readouterr().out.splitlines()[-1] == "the step is no CUDA graph: CUDA out of memory"
+    with pytest.raises(torch.OutOfMemoryError):  # where there is no graph to give up
+        Full().graphed()(torch.randn(8, 4), True)
+
+
 def test_a_step_that_waits_for_the_device_is_not_captured(capsys):
     steps = Steps()
     step = GraphedStep(lambda x: {"loss": torch.tensor(x.sum().item())}, (), lambda: True, Recording())
@@ -156,7 +182,7 @@ def test_a_compiled_function_computes_the_same_and_can_be_differentiated_twice(c
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh()), torch.randn(2, 3, 8, 8)
     fast, plain = device.compiled(loss_of(model)), loss_of(model)
     expected, = torch.autograd.grad(plain(x), model[0].weight)
-    for _ in range(2):
+    for _ in range(3):
         loss = fast(x)
         first, = torch.autograd.grad(loss, model[0].weight, retain_graph=True)
         loss.backward()
@@ -181,8 +207,10 @@ def test_a_backward_that_does_not_compile_fails_before_anything_has_changed(comp
         raise RuntimeError("no C++ compiler")
     compiler["backend"] = aot_autograd(fw_compiler=make_boxed_func_of, bw_compiler=fail)
     model, x = nn.BatchNorm1d(3), torch.randn(4, 3)
-    device.compiled(loss_of(model))(x).backward()
-    assert model.num_batches_tracked == 1 and model.weight.grad is not None
+    fast = device.compiled(loss_of(model))
+    fast(x)
+    fast(x).backward()
+    assert model.num_batches_tracked == 2 and model.weight.grad is not None
     assert "no C++ compiler" in capsys.readouterr().out
 
 
@@ -202,7 +230,7 @@ def test_what_is_not_as_the_first_batch_is_not_compiled(compiler):
     fast(x)
     settled.append(True)
     assert not compiler["compiled"]
-    for inputs in ((x,), (x[:3],), (x, True), (x,)):
+    for inputs in ((x[:3],), (x,), (x, True), (x,), (x[:3],), (x,)):  # a rare shape may be the first
         fast(*inputs)
     assert compiler["compiled"] == [(x,), (x,)]
 
@@ -220,3 +248,9 @@ def test_a_run_goes_on_with_an_optimizer_of_another_device():
     device.set_lr(here, 0.2)
     assert here.param_groups[0]["lr"] == 0.2
     assert there.param_groups[0]["lr"] == 0.5
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr("harness.distributed.world_size", lambda: 2)
+    with pytest.raises(UserError, match="--device cuda:0 is one GPU for several processes: leave its number out"):
+        device.pick_device("cuda:0")

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import HERE, call, start, updates_take, write_images
 from small_runs import SMALL, curves, fails, run, run_altered
 
+import experiment
 from harness import checkpoint, cli
 from harness.folder import lock
 from harness.schedule import lr_scale, update_of
+from harness.tally import Tally
 
 # --- which folder
 
@@ -240,3 +243,47 @@ def test_ctrl_c_before_training_is_silent(capsys):
 def test_ctrl_c_while_the_best_epoch_is_measured_ends_the_run(folder, monkeypatch):
     monkeypatch.setattr("experiment.report", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert run(folder, "--num-epochs", "1")[0] == 130
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_in_the_last_batch_stops_before_the_validation_and_resumes_to_the_same(folder, step):
+    flags = ("--num-epochs", "2", "--batch-size", "16")  # two steps an epoch
+    code = ("import os, signal, sys, experiment, vqvae; from harness import cli, run\n"
+            "real = run.Run.update\n"
+            "def stop(self, optimizer):\n"
+            f"    os.kill(os.getpid(), signal.SIGTERM) if self.step == {step} - 1 else None\n"
+            "    return real(self, optimizer)\n"
+            "run.Run.update = stop\nsys.argv[0] = 'vqvae.py'\ncli.run(vqvae.main)")
+    assert run(folder, *flags, "--output-folder", "whole")[0] == 0
+    done, out, err = run_altered(folder, code, *flags, "--output-folder", "cut")
+    assert done == 143 and "stopped by SIGTERM" in err and out.count(" psnr ") == step // 2 - 1
+    assert run(folder, *flags, "--output-folder", "cut", "--resume")[0] == 0
+    one, two = (checkpoint.load(folder / "models" / name / "last.pt", "vqvae") for name in ("whole", "cut"))
+    assert one["counters"]["step"] == two["counters"]["step"] == 4 and one["best"] == two["best"]
+    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+
+
+def test_the_clock_counts_what_the_device_has_yet_to_do(folder, monkeypatch):
+    """Reading the losses waits for the device: it takes 100 s here, and everything else none."""
+    clock, first_bad = [0.], Tally.first_bad
+
+    def wait(tally):
+        clock[0] += 100
+        return first_bad(tally)
+    monkeypatch.setattr(Tally, "first_bad", wait)
+    monkeypatch.setattr("harness.run.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert run(folder, "--num-epochs", "1", "--log-every", "1000")[0] == 0
+    results = json.loads((folder / "models" / "vqvae" / "results.json").read_text())
+    assert results["train_seconds"] == 200  # the first step is logged, and the epoch ends
+
+
+def test_the_test_split_is_measured_in_whole_float32(folder, monkeypatch):
+    seen, measure = [], experiment.measure
+
+    def look(*args):
+        seen.append(torch.get_float32_matmul_precision())
+        return measure(*args)
+    monkeypatch.setattr(experiment, "measure", look)
+    torch.set_float32_matmul_precision("high")
+    assert run(folder, "--num-epochs", "1", "--precision", "fp32")[0] == 0
+    assert seen == ["high", "highest"]

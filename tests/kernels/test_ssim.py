@@ -135,3 +135,13 @@ def test_the_mean_is_one_graph_and_keeps_its_gradient(root):
     compiled = torch.compile(ssim.mean_ssim, backend="aot_eager", fullgraph=True)
     found = [torch.autograd.grad(mean(x_tilde, x, 11, 1.5, root), x_tilde)[0] for mean in (ssim.mean_ssim, compiled)]
     assert torch.equal(*found)
+
+
+def test_images_that_are_not_finite_have_no_value():
+    size, window, sigma = SIZES[0]
+    broken = torch.full(size, torch.nan)
+    assert ssim.mean_ssim(broken, torch.rand(size), window, sigma, root=True).isnan()
+    value, = interpreted(f"""
+x = torch.rand({size})
+save("value", triton_ssim(x * torch.nan, x, {window}, {sigma}, True)[0])""")["value"]
+    assert value.isnan()
