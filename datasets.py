@@ -29,7 +29,6 @@ MAY_CHANGE_ON_RESUME = {"data_folder", "no_download", "num_workers", "memory"}  
 CARVED = 0.1  # share of train that becomes a split the data set does not bring
 SPLIT_SEED = 0  # splits never depend on --seed
 
-
 BUILT_IN = "photos"  # the data set that reads no folder
 CROP_SCALE = 1.15  # of --random-crop alone
 SHOWN = 300  # characters of what differs
@@ -209,8 +208,9 @@ def fingerprint(name, source):
     description = [name, str(source.image_size), str(source.skip_broken)]
     description += [f"limit {source.limit}"] * bool(source.limit)
     description += [f"version {DATASETS[name].version}"] if hasattr(DATASETS[name], "version") else []
-    if Path(source.folder).is_dir() and name != BUILT_IN:  # a data set may make its images without one
-        for path in find_files(source.folder)[0]:
+    folder = Path(source.folder) / getattr(DATASETS[name], "mark", "")  # not what other data sets keep next to it
+    if folder.is_dir() and name != BUILT_IN:  # a data set may make its images without one
+        for path in find_files(folder)[0]:
             status = os.stat(path)
             description.append(f"{os.path.relpath(path, source.folder)} {status.st_size} {status.st_mtime_ns}")
     return hashlib.sha256("\n".join(description).encode(errors="surrogateescape")).hexdigest()

@@ -15,6 +15,7 @@ from harness.progress import Progress
 
 MANY_FILES = 1024  # from here on, decoding is worth several processes
 RUN_FOLDERS = ("models", "logs")  # in the working directory: where runs keep what they make
+MADE_FOLDERS = (*RUN_FOLDERS, "evaluation", "reconstructions")  # and where evaluate.py and reconstruct.py write
 THUMBNAILS = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}  # folders that a NAS or a system fills
 NAMED = 5  # endings and folders that a message names
 
@@ -53,7 +54,7 @@ def find_images(*folders):
     if odd:
         parts.append(f"{len(odd)} that are no regular files, such as {min(odd)}")
     if passed:
-        parts.append(f"the folders of runs or thumbnails {', '.join(sorted(passed)[:NAMED])}"
+        parts.append(f"the folders of results or thumbnails {', '.join(sorted(passed)[:NAMED])}"
                      + f" and {len(passed) - NAMED} more" * (len(passed) > NAMED))
     if parts:
         print(f"left out {'; '.join(parts)}")
@@ -98,9 +99,9 @@ def _walk(folders, deep=True):
 
 
 def is_passed_over(folder):
-    """Whether a folder holds what runs of this working directory keep, or thumbnails."""
+    """Whether a folder holds what the scripts wrote in this working directory, or thumbnails."""
     return os.path.basename(folder) in THUMBNAILS or any(
-        os.path.isdir(name) and os.path.samefile(name, folder) for name in RUN_FOLDERS)
+        os.path.isdir(name) and os.path.samefile(name, folder) for name in MADE_FOLDERS)
 
 
 def identity(path):

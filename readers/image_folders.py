@@ -9,7 +9,7 @@ import torch
 
 from harness.errors import UserError
 from harness.images import ImageFiles, find_images, identity
-from readers.splits import find_splits, refuse_splits_within, with_classes
+from readers.splits import SPLITS, find_splits, refuse_splits_within, with_classes
 from readers.survey import Survey
 
 CSV_FILES = {"train": "train.csv", "valid": "val.csv", "test": "test.csv"}
@@ -41,7 +41,7 @@ def image_folder(source):
             raise UserError(f"no images under {folder}: put image files there, or name another --data-folder")
     refuse_splits_within(splits)
     rows, classes = with_classes(splits)
-    splits, classes = open_files(rows, classes, source)
+    splits, classes = open_files(rows, classes, source, carve=len(rows) < len(SPLITS) and not source.in_order)
     if source.in_order:
         splits = {split: _in_order(files, labels) for split, (files, labels) in splits.items()}
     return splits, classes
@@ -120,15 +120,21 @@ def _listed_files(path):
 
 # --- both
 
-def open_files(rows, classes, source):
+def open_files(rows, classes, source, carve=False):
     """{split: [(path, class)]} -> {split: (`ImageFiles`, labels)} and the classes.
 
-    They have the size and the channels that the source asks for, else those of the files: see `Survey`.
+    They have the size and the channels that the source asks for, else those of the files: see `Survey`. Where other
+    splits are to be carved from train, it comes without copies, which might end up on both sides.
     """
     paths = {split: [path for path, _ in part] for split, part in rows.items()}
     survey = Survey(paths, source.skip_broken)
     size, channels = survey.size(source.image_size), survey.channels(source.channels)
     survey.say()
+    copies = survey.copies("train") if carve else ()
+    if copies:
+        print(f"left out {len(copies)} copies of other images, such as {min(copies)}")
+        rows = rows | {"train": [(path, label) for path, label in rows["train"] if path not in copies]}
+        paths = {split: [path for path, _ in part] for split, part in rows.items()}
     index = {name: i for i, name in enumerate(classes)}
     return {split: (ImageFiles(paths[split], size, channels, source.skip_broken, resize=bool(source.image_size)),
                     torch.tensor([index.get(label, 0) for _, label in part])) for split, part in rows.items()}, classes

@@ -39,6 +39,18 @@ class Survey:
         if not self.first:
             raise UserError(f"none of {len(images)} images decodes, the first is {images[0][1]}")
         refuse_shared(splits, marks)
+        self._paths, self._marks = splits, marks
+
+    def copies(self, split):
+        """The paths of a split whose content an earlier one of it has."""
+        paths, marks, found = self._paths[split], np.frombuffer(self._marks[split], np.uint64), set()
+        values, counts = np.unique(marks, return_counts=True)
+        for mark in values[(counts > 1) & (values > 0)]:
+            same, seen = [paths[i] for i in np.flatnonzero(marks == mark)], set()
+            for path, digest in zip(same, map(_digest, same)):
+                found |= {path} if digest in seen else set()
+                seen.add(digest)
+        return found
 
     def _add(self, path, header):
         self.first = self.first or (path, header.size)

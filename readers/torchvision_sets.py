@@ -21,7 +21,7 @@ def torchvision_set(class_name, mark):
             _check(Path(source.folder) / mark, class_name, split, len(images), labels, len(dataset.classes))
             splits[split] = (images if images.ndim == 4 else images.unsqueeze(3), labels)  # (N, H, W, C)
         return splits, list(dataset.classes)
-    open_splits.is_in = lambda root: (root / mark).exists()
+    open_splits.is_in, open_splits.mark = lambda root: (root / mark).exists(), mark
     return open_splits
 
 
@@ -35,7 +35,7 @@ def imagenette(source):
 
 
 imagenette.image_size = IMAGENETTE_SIZE  # where none is asked for
-imagenette.is_in = lambda root: (root / IMAGENETTE_FOLDER).is_dir()
+imagenette.is_in, imagenette.mark = lambda root: (root / IMAGENETTE_FOLDER).is_dir(), IMAGENETTE_FOLDER
 
 
 def _check(folder, name, split, images, labels, classes):

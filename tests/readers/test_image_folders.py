@@ -129,7 +129,7 @@ def test_what_is_no_image_is_counted_in_one_line(tmp_path, capsys):
     assert found == paths and out.count("\n") == 1
     assert "left out 9 files that are no images by their names (2 .txt, 1 " in out and "..." in out
     assert f"such as {tmp_path}/0001" in out
-    assert out.endswith(f"the folders of runs or thumbnails {tmp_path}/@eaDir\n")
+    assert out.endswith(f"the folders of results or thumbnails {tmp_path}/@eaDir\n")
     assert len(open_folder(tmp_path).train.labels) == 24
 
 
@@ -149,7 +149,7 @@ def test_what_runs_keep_does_not_join_the_data(tmp_path, capsys, monkeypatch):
     for name in ("photos", "models/vqvae", "logs/vqvae", "photos/models"):
         pictures(tmp_path / name, 3)
     assert {path.parts[0] for path in find_images(".")[0]} == {"photos"}
-    assert capsys.readouterr().out == "left out the folders of runs or thumbnails ./logs, ./models\n"
+    assert capsys.readouterr().out == "left out the folders of results or thumbnails ./logs, ./models\n"
     assert len(find_images("photos")[0]) == 6  # a folder of that name elsewhere is one like others
     assert len(find_images("models")[0]) == 3 == len(find_images("models/vqvae")[0])  # asked for by name
 
@@ -200,9 +200,11 @@ def test_a_run_on_the_working_directory_goes_on_and_is_evaluated(tmp_path):
         flags = (*SMALL, "--data-folder", ".", "--num-epochs", 1 + len(more), *more)
         code, out, err = call(tmp_path, "vqvae.py", *flags)
         assert code == 0 and "images: 20 train, 2 valid, 2 test" in out, err
-        assert "left out the folders of runs or thumbnails ./logs, ./models" in out or not more
-    code, _, err = call(tmp_path, "evaluate.py", "--no-features", "--device", "cpu", "--model", "models/vqvae")
-    assert code == 0, err
+        assert "left out the folders of results or thumbnails ./logs, ./models" in out or not more
+    evaluate = ("evaluate.py", "--no-features")
+    for script, *flags in (evaluate, ("reconstruct.py", "images/1.png"), evaluate):  # whose pictures are no data
+        code, _, err = call(tmp_path, script, *flags, "--device", "cpu", "--model", "models/vqvae")
+        assert code == 0, err
 
 
 # --- lists

@@ -142,6 +142,23 @@ def test_a_file_whose_content_is_in_two_splits_is_refused(tmp_path, bring, one, 
     assert f"{one}/cat/001.png" in str(caught.value) and f"{two}/cat/copy.jpg" in str(caught.value)
 
 
+def test_copies_are_left_out_where_splits_are_carved(tmp_path, capsys):
+    make(tmp_path, {"cat": 30, "dog": 20})
+    alone, _ = opened(tmp_path)
+    for number in (3, 7, 8):
+        shutil.copy(tmp_path / "cat" / f"{number:03d}.png", tmp_path / "dog" / f"x{number}.png")
+    shutil.copy(tmp_path / "cat" / "003.png", tmp_path / "cat" / "z.png")
+    capsys.readouterr()
+    assert opened(tmp_path)[0] == alone == {"train": 50}
+    assert f"left out 4 copies of other images, such as {tmp_path}/cat/z.png\n" in capsys.readouterr().out
+    for seed, split in enumerate(("valid", "test"), 2):  # nothing is carved: what a user gave is what is read
+        pictures(tmp_path / split / "cat", 2, seed=seed)
+    (tmp_path / "train").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / name).rename(tmp_path / "train" / name)
+    assert opened(tmp_path)[0]["train"] == 54
+
+
 def test_files_that_differ_in_a_few_bytes_are_no_copies(tmp_path):
     make(tmp_path, {"train/cat": 5, "test/cat": 2})
     data = bytearray(b"P5 100 100 255\n" + bytes(10000))
