@@ -100,7 +100,7 @@ def main():
     sweep.choose_baselines(figures, judged)
 
     # Tables, plots and a picture.
-    note = note_of(args, flags, split, networks)
+    note = note_of(args, flags, split, networks, runs.values())
     first = sweep.best[sweep.rates[0]]
     cosines = measuring.gradient_cosines(measuring.open_model(runs[first, 0], split), split)
     written = tables.tables_of(sweep, figures, by_image, judged, note, args.preset == "report") | {
@@ -135,7 +135,7 @@ def try_judges(data, trained, features, device):
     torch.cuda.empty_cache()
 
 
-def note_of(args, flags, split, networks):
+def note_of(args, flags, split, networks, runs):
     """What stands below the first table: how its figures came about."""
     parts = [f"Measured on {args.split}: {len(split.labels)} images; seeds: {args.seeds}",
              f"Flags: {RECIPES[mixes.BASE]} {shlex.join(flags)}, except what a mix says itself"]
@@ -144,6 +144,10 @@ def note_of(args, flags, split, networks):
     refused = measuring.terms_for(split.examples(1))[1]
     if refused:
         parts.append(f"Loss terms not measured: {'; '.join(refused.values())}")
+    programs = {str(checkpoint.load_json(run / "args.json").get("made_with")) for run in runs}
+    if len(programs) > 1:
+        parts.append("Runs were trained by several versions of this program, and may differ in more than their mixes: "
+                     f"{'; '.join(sorted(programs))}")
     judges = "; ".join(f"{name}: {network.description}" for name, network in networks.items())
     return ". ".join([*parts, f"Judges, comparable within this setting only: {judges}"])
 

@@ -42,8 +42,8 @@ def parse_args():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
     parser.add_argument("--output", type=cli.path, default="evaluation", metavar="FOLDER",
                         help="where results.json and models.png go (default %(default)s)")
-    group = parser.add_argument_group("a prior instead", "does it draw the class it is asked for, and how far from "
-                                      "real test images? A classifier trained on these judges")
+    group = parser.add_argument_group("a prior instead", "does it draw the class it is asked for, and how far are its "
+                                      "samples from real images of --split? A classifier of their classes judges")
     group.add_argument("--prior", type=cli.path, metavar="RUN", help="run of pixelcnn_prior.py")
     group.add_argument("--samples", type=cli.at_most(fields.MOST_SAMPLES), default=100,
                        help="a class (default %(default)s)")
@@ -52,8 +52,11 @@ def parse_args():
     args = parser.parse_args()
     if not args.model and not args.prior:
         parser.error("--model or --prior is needed: name a run")
-    if args.prior and (args.baseline or len(args.model or []) > 1):
-        parser.error("--prior is judged alone: leave out --baseline and further models")
+    of_models = [parser.get_default(name) for name in ("baseline", "features", "no_features", "output")]
+    if args.prior and ([args.baseline, args.features, args.no_features, args.output] != of_models
+                       or len(args.model or []) > 1):
+        parser.error("--prior is judged alone, by a classifier, and writes no files: leave out --baseline, --features, "
+                     "--no-features, --output and further models")
     return args
 
 
@@ -80,6 +83,9 @@ def evaluate_models(args, device):
     source = datasets.Source.of(checkpoints[first], args.data_folder)
     data, networks = open_judged(facts["name"], source, checkpoints, () if args.no_features else args.features, device,
                                  args.batch_size, args.num_workers)
+    if data.carved and facts["carved"] not in ("", data.carved):
+        print(f"warning: {source.folder} has other files than {first} was trained on, so that other images are held "
+              "out: where it learned some of these, its figures are too good")
     split = getattr(data, args.split).in_order()  # of train, every image
     judges = [Judge(name, network, split) for name, network in networks.items()]
 
@@ -217,13 +223,13 @@ def table(results, setting):
         text += (f"; distances at N = {setting['images']} compare within this setting only; ± is the standard "
                  "deviation over draws of N images")
     if any(figures["trained_through"] for figures in results.values()):
-        text += f"; {OWN_JUDGE} judged by the network that the model was trained through"
+        text += f"; {OWN_JUDGE} judged by the network that the model, or its baseline, was trained through"
     if setting["judged"] and len(results) > 1:
         text += f"; mean_of_judges: the geometric mean of the ratios of {', '.join(setting['judged'])}"
     differences = [key for key in keys if f"{key}_interval" in figures]
     ratios = [*setting["judged"], "mean_of_judges"] if setting["judged"] else []
     for sign, kind, columns in (("-", "difference", differences), ("/", "ratio", ratios)):
-        rows = [[name, *(against_cell(figures, key, kind, setting["judged"]) for key in columns)]
+        rows = [[name, *(against_cell(figures, results[baseline], key, kind, setting["judged"]) for key in columns)]
                 for name, figures in results.items() if name != baseline]
         if rows and columns:
             text += "\n\n" + report.markdown_table([f"run {sign} {baseline}", *columns], rows)
@@ -253,11 +259,13 @@ def cell(figures, key):
     return f"{text} {mark(figures['trained_through'], key)}".rstrip()
 
 
-def against_cell(figures, key, kind, judged):
-    """A difference or a ratio with its interval, where it has one, and a mark as in `cell`; the mean is of `judged`."""
+def against_cell(figures, baseline, key, kind, judged):
+    """A difference or a ratio with its interval, where it has one, and a mark as in `cell`, also for the baseline's
+    training; the mean is of `judged`."""
     numbers, form = figures[f"{key}_{kind}"], "{:+.3g}" if kind == "difference" else "{:.3g}"
     text = form.format(numbers[0]) if None in numbers else f"{form} [{form}, {form}]".format(*numbers)
-    return f"{text} {mark(figures['trained_through'], *(judged if key == 'mean_of_judges' else [key]))}".rstrip()
+    through = figures["trained_through"] or baseline["trained_through"]
+    return f"{text} {mark(through, *(judged if key == 'mean_of_judges' else [key]))}".rstrip()
 
 
 # --- a prior

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 PROJECTIONS, PROJECTIONS_AT_ONCE = 1024, 128  # of the sliced Wasserstein distance
+ROWS_AT_ONCE = 1024  # of the matrices of the kernel distance
 
 
 # --- of sets
@@ -49,9 +50,11 @@ def kernel_distance(fake, real, kernel=cubic_kernel):
     """
     _check_pairs("the kernel distance", fake, real)
     x, y = _float64(fake), _float64(real)
-    cross, count = kernel(x, y), len(x)
-    pairs = kernel(x, x) + kernel(y, y) - cross - cross.T
-    by_image = (pairs.sum(1) - pairs.diagonal()) / (count - 1)
+    count, sums = len(x), []
+    for rows in torch.arange(count, device=x.device).split(ROWS_AT_ONCE):
+        pairs = kernel(x[rows], x) + kernel(y[rows], y) - kernel(x[rows], y) - kernel(y[rows], x)
+        sums.append(pairs.sum(1) - pairs.gather(1, rows.unsqueeze(1)).squeeze(1))
+    by_image = torch.cat(sums) / (count - 1)
     return float(by_image.mean()), float(2 * by_image.std() / count ** 0.5)
 
 

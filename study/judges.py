@@ -114,6 +114,9 @@ class Fidelity(nn.Module):
             import torch_fidelity
             self.network = getattr(torch_fidelity, kind)(name, [features]).eval()
 
+    def __reduce__(self):  # a process that measures opens it anew: code of torch.hub cannot be imported there
+        return type(self), ()
+
     @torch.no_grad()
     def forward(self, x):
         return torch.cat([self._features(part) for part in _parts(x)])

@@ -17,7 +17,7 @@ from modules import load
 from study.judges import Judge, open_judged, trained_through
 from study.runs import end_with, in_turn
 
-VERSION = 3  # of the figures kept in a run's folder: raise it whenever one changes its meaning
+VERSION = 4  # of the figures kept in a run's folder: raise it whenever one changes its meaning
 COSINE_BATCHES = 8
 
 
@@ -51,11 +51,11 @@ def measure_runs(runs, split, networks, setting, jobs, threads):
     missing = {key: run for key, run in runs.items() if not kept[key].exists() or not _read(kept[key], keys[key])}
     if missing:
         judges = [Judge(name, network, split) for name, network in networks.items()]
-        if jobs > 1:  # processes, because two networks in threads of one slow each other down
+        if jobs > 1 and split.device.type == "cpu":  # processes: two networks in threads of one slow each other down
             pool = ProcessPoolExecutor(jobs, get_context("spawn"), _prepare_process,
                                        (os.getpid(), split, judges, threads))
         else:
-            pool = ThreadPoolExecutor(1, initializer=_prepare, initargs=(split, judges, threads))
+            jobs, pool = 1, ThreadPoolExecutor(1, initializer=_prepare, initargs=(split, judges, threads))
         in_turn(pool, jobs, "measured", missing, lambda key: (_measure_and_keep, missing[key], kept[key], keys[key]))
     measured = {key: _read(path, keys[key]) for key, path in kept.items()}
     _check_alike({kept[key]: contents for key, contents in measured.items()})

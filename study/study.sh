@@ -5,7 +5,7 @@
 #   study/study.sh CIFAR [PHOTOGRAPHS]     every question, on folders of small images with classes and of photographs
 #
 # It writes to models/ of the project, from whatever directory it is called.
-# Everything is chosen on the validation split; `claim` alone measures on test, and `prior`, by which nothing is chosen.
+# Everything is chosen on the validation split; the claims measure on test, and `prior`, by which nothing is chosen.
 # Environment: PYTHON, JOBS (runs at a time; where they have equal time, one, so that none has more of the machine),
 # SEEDS, BASELINE and MIX (the loss to beat and the recipe that should, as compare.py takes them; some questions add to
 # them), PHOTO_BASELINE and PHOTO_MIX (the same on photographs), VQGAN (the one that has the longer time), ONLY (some of
@@ -13,7 +13,7 @@
 set -euf # -f: brackets and stars in a path stand for themselves
 unset SLURM_JOB_ID CDPATH # the id would be added to the names of runs, which later commands and a later job look for
 JOBS=${JOBS:-2} BASELINE=${BASELINE:-mse=20} MIX=${MIX:-recommended}
-VQGAN=${VQGAN:-$BASELINE,vqgan=0.1}
+VQGAN=${VQGAN:-$BASELINE,vqgan=0.1} PLAIN=${MIX%,fine-blocks=1} # MIX without a residual block
 PHOTO_BASELINE=${PHOTO_BASELINE:-mse=5} PHOTO_MIX=${PHOTO_MIX:-recommended-photos}
 QUESTIONS="baselines parts lasts claim frontier width rates quantizers instead prior"
 OF_PHOTOS="photo-losses photo-claim photo-minutes"
@@ -82,10 +82,10 @@ of() { echo "--num-epochs $1 --lr $([ "$1" -le 4 ] && echo 4e-3 || echo 2e-3)"; 
 # What does each part of the mix bring? The mix without it; both losses with a residual block in the decoder, and so for
 # longer.
 parts() {
-    compare parts --baseline $BASELINE --losses $MIX $MIX,fine-blocks=1 $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 \
+    compare parts --baseline $BASELINE --losses $PLAIN $PLAIN,fine-blocks=1 $MIX,root-ssim=0,sharpen=0 $MIX,chroma=0 \
         $MIX,sharpen=0 $MIX,psnr=0,l1=1 $BASELINE,fine-blocks=1 --seeds $SEEDS $(of $SHORT)
-    compare "parts-$LONG" --baseline $BASELINE --losses $MIX $MIX,fine-blocks=1 $BASELINE,fine-blocks=1 --seeds $SEEDS \
-        $(of $LONG)
+    compare "parts-$LONG" --baseline $BASELINE --losses $PLAIN $PLAIN,fine-blocks=1 $BASELINE,fine-blocks=1 \
+        --seeds $SEEDS $(of $LONG)
 }
 
 # Does it last? The ratio to the baseline against the length of training, and one plot of it.
@@ -132,7 +132,7 @@ quantizers() {
 instead() (
     set -- $MINUTES
     JOBS=1
-    compare "minutes-$1" --baseline $BASELINE --losses $MIX $MIX,fine-blocks=1 ancestor "$BASELINE,vqgan" \
+    compare "minutes-$1" --baseline $BASELINE --losses $PLAIN $PLAIN,fine-blocks=1 ancestor "$BASELINE,vqgan" \
         "$BASELINE,vqgan=0.1" "$BASELINE,vqgan=0.1,disc-lr=5e-4" l1=5,vqgan=0.1,perceptual=5 \
         "$MIX,vqgan=0.1,disc-start=0.8" --minutes "$1"
     compare "minutes-$2" --baseline $BASELINE --losses $MIX $VQGAN --minutes "$2"

@@ -55,7 +55,7 @@ def tables_of(sweep, figures, by_image, judged, note, of_report):
     paired = (f"Differences are mix - baseline, ratios mix / baseline, paired by seed; {estimates.LEGEND}. The mean of "
               f"judges is the geometric mean of {', '.join(judged)}.")
     if any(values["trained_through"] for values in figures.values()):
-        paired += f" {OWN_JUDGE}: judged by a network it was trained through."
+        paired += f" {OWN_JUDGE}: judged by a network that it, or its baseline, was trained through."
     if of_report:
         paired += " The report's ratios of mse with ms-gmsd are at least 0.971, those of gmsd and haarpsi above 3.13."
     tables = {"table": (summarise(sweep, figures), note),
@@ -90,7 +90,8 @@ def against_baselines(sweep, figures, by_image, judged, of_report=False):
     """A row a mix: paired differences from the baseline of its rate, and ratios to it of what judges say."""
     rows = []
     for name in sweep.mixes:
-        row, through = {"loss": name, "baseline": sweep.baseline_of(name)}, figures[name, 0]["trained_through"]
+        row = {"loss": name, "baseline": sweep.baseline_of(name)}
+        through = figures[name, 0]["trained_through"] or figures[row["baseline"], 0]["trained_through"]
         spans = _over_images(sweep, by_image, name, DIFFERENCES, torch.sub)
         spans |= _over_images(sweep, by_image, name, judged, torch.div)
         for key in DIFFERENCES:

@@ -86,6 +86,14 @@ def test_a_sweep_trains_each_run_once_and_goes_on_where_it_stopped(folder):
     assert "epoch 1/1" in (runs["mse"] / "output.txt").read_text()
 
 
+def test_runs_of_several_versions_of_the_program_are_said(folder):
+    path = folder / "models/sweep/mse-seed0/args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"made_with": {"commit": "of old"}}))
+    code, out, err = call(folder, "compare.py", "--losses", "mse", "l1=1,ssim=0.5", *FLAGS)
+    assert code == 0, err
+    assert "trained by several versions of this program" in out and "of old" in out
+
+
 def test_what_another_command_trained_is_refused(folder):
     code, _, err = call(folder, "compare.py", "--losses", "mse", *FLAGS, "--k", "32")
     assert code == 2 and "other flags (--k 16, now 32)" in err

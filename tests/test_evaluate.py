@@ -128,14 +128,17 @@ def test_a_judge_that_a_model_was_trained_through_is_marked(folder):
     (folder / "models/p").mkdir()
     contents["args"]["perceptual_weight"] = 1.
     checkpoint.save(folder / "models/p/best.pt", "vqvae", contents)
-    code, out, err = call(folder, "evaluate.py", "--model", "models/a", "models/p", "--device", "cpu")
-    assert code == 0, err
-    figures, _, ratios = out.partition("| run / a ")
-    of_models = figures.partition("| run - a ")[0].splitlines()
-    a, p = ("".join(line for line in of_models if line.startswith(f"| {name} ")) for name in "ap")
-    assert "†" not in a and p.count("†") == 4 and "† judged by the network" in out
-    rows = [line for line in ratios.partition("other conventions")[0].splitlines() if line.startswith("| p ")]
-    assert rows and all(cell.endswith(" †") for row in rows for cell in map(str.strip, row.split("|")[2:-1]))
+    for first, other in ("ap", "pa"):  # as a model, and as the baseline that another's ratios are to
+        code, out, err = call(folder, "evaluate.py", "--model", f"models/{first}", f"models/{other}", "--device", "cpu",
+                              "--data-folder", "images")
+        assert code == 0, err
+        figures, _, ratios = out.partition(f"| run / {first} ")
+        of_models = figures.partition(f"| run - {first} ")[0].splitlines()
+        a, p = ("".join(line for line in of_models if line.startswith(f"| {name} ")) for name in "ap")
+        assert "†" not in a and p.count("†") == 4 and "† judged by the network" in out
+        rows = [line for line in ratios.partition("other conventions")[0].splitlines()
+                if line.startswith(f"| {other} ")]
+        assert rows and all(cell.endswith(" †") for row in rows for cell in map(str.strip, row.split("|")[2:-1]))
 
 
 def test_what_cannot_be_evaluated_is_one_line(folder, monkeypatch):
@@ -165,6 +168,18 @@ def test_a_judge_of_pairs_alone(folder, monkeypatch):
     assert figures["frechet_distance"] == figures["frechet_distance/effnet-lite0"]
 
 
+def test_flags_that_a_prior_does_not_read_are_refused(folder):
+    for flags in (("--features", "classifier"), ("--no-features",), ("--output", "there"), ("--baseline", "models/a")):
+        code, _, err = call(folder, "evaluate.py", "--prior", "models/prior", *flags)
+        assert code == 2 and "leave out --baseline, --features, --no-features, --output and further models" in err
+
+
+def test_a_folder_that_holds_out_other_images_than_a_model_was_trained_without_is_said(folder, tmp_path):
+    for count, warned in ((60, False), (61, True)):
+        write_images(tmp_path / str(count), count)
+        code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--data-folder",
+                              tmp_path / str(count) / "images", "--no-features", "--device", "cpu", "--output", "other")
+        assert code == 0 and ("its figures are too good" in out) == warned, (out, err)
 def test_models_of_other_data_and_missing_ones_are_refused(folder):
     assert call(folder, "vqvae.py", *VQVAE, "--image-size", "12", "--output-folder", "small")[0] == 0
     code, _, err = call(folder, "evaluate.py", "--model", "models/a/best.pt", "models/small/best.pt")

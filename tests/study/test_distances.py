@@ -38,7 +38,9 @@ def test_equal_features_are_at_no_distance():
     assert kernel == pytest.approx(0, abs=1e-12) and deviation == pytest.approx(0, abs=1e-12)
 
 
-def test_the_kernel_distance_is_kid_but_for_an_images_meeting_its_own_original():
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_the_kernel_distance_is_kid_but_for_an_images_meeting_its_own_original(monkeypatch, rows):
+    monkeypatch.setattr(distances, "ROWS_AT_ONCE", rows)
     random = np.random.default_rng(0)
     x, y = random.normal(size=(30, 5)), random.normal(size=(30, 5)) + 0.5
 

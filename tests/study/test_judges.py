@@ -1,5 +1,6 @@
 """Networks that judge, and what a judge reports of a split."""
 import builtins
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -56,6 +57,7 @@ def test_published_networks_see_8_bit_images_of_their_size(monkeypatch, name, ki
     monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(**{kind: Extractor}))
     network, x = judges.FEATURES[name](None, None), torch.linspace(0, 1, 5 * 400).view(5, 1, 20, 20)
     features = network(x)
+    assert torch.equal(pickle.loads(pickle.dumps(network))(x), features)  # as for a process that measures
     assert network.network.opened == opened and network.network.seen.shape == (5, 3, side, side)
     expected = torch.stack([255 * x.mean((1, 2, 3)), torch.ones(5)], 1)
     if name == "clip":

@@ -19,11 +19,12 @@ def commands(folder, *arguments, **environment):
     return done.returncode, lines, done.stderr
 
 
+@pytest.mark.parametrize("mix", ["recommended", "recommended,fine-blocks=1"])
 @pytest.mark.parametrize("arguments, questions", [(("--quick",), 16), (("CIFAR", "PHOTOS"), 27)])
-def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions):
+def test_every_command_is_understood(tmp_path, monkeypatch, arguments, questions, mix):
     for folder in ("CIFAR", "PHOTOS"):
         (tmp_path / folder).mkdir()
-    code, found, err = commands(tmp_path, *arguments)
+    code, found, err = commands(tmp_path, *arguments, MIX=mix)
     assert code == 0, err
     compared = [command for command in found if command[0] == "compare.py"]
     assert len(compared) == questions and any("pixelcnn_prior.py" in command for command in found)

@@ -68,3 +68,11 @@ def test_delta_rates_are_those_of_the_curves():
         assert row["loss"] == "l1" and saved["n"] == 2
         assert [saved["mean"], saved["low"], saved["high"]] == pytest.approx([-15, -15 - half, -15 + half], rel=1e-3)
     assert "do not overlap" in str(row["% bits at equal ssim"])
+
+
+def test_a_ratio_to_a_baseline_that_was_trained_through_a_judge_is_marked():
+    sweep = Sweep([{"l1": 1.}], [{"mse": 1.}], [""], 1)
+    figures = {("mse", 0): figures_of(1., "effnet-lite0"), ("l1", 0): figures_of(0.5)}
+    mix = tables.against_baselines(sweep, figures, dict.fromkeys(figures, {}), JUDGED)[1]
+    assert [key for key in JUDGED if "†" in str(mix[f"{key} / baseline"])] == JUDGED[:3]
+    assert "†" in str(mix[tables.MEAN_OF_JUDGES]) and "†" not in str(mix["psnr - baseline"])
