@@ -239,9 +239,9 @@ def load(name, source, batch_size, device="cpu", flip=False, seed=0, workers=0):
     splits = _complete_clips(splits, missing) if source.in_order else complete(splits, missing)
     carved = image_folders.digest([splits[split][0] for split in missing], source.folder)
     if source.carved and not source.in_order and source.carved != carved:  # in order, whole clips are carved
-        raise UserError(f"files of {source.folder} were added, removed or renamed since the model was trained, so "
-                        "that others are held out for valid and test, some of which it has learned: put them back as "
-                        "they were, or train anew (from folders train, valid and test, which stay as they are)")
+        raise UserError(f"files of {source.folder} were added, removed or renamed since the model was trained (or it "
+                        "is older than the rule on copies), so that others are held out, some of which it has learned: "
+                        "put them back as they were, or train anew (from folders train, valid and test, which stay)")
     if source.limit:
         splits = limited(splits, source.limit, source.in_order)
     splits = {split: (_sized(images, source.train_size() if split == "train" else source.image_size), labels)

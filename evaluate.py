@@ -83,9 +83,7 @@ def evaluate_models(args, device):
     source = datasets.Source.of(checkpoints[first], args.data_folder)
     data, networks = open_judged(facts["name"], source, checkpoints, () if args.no_features else args.features, device,
                                  args.batch_size, args.num_workers)
-    if data.carved and facts["carved"] not in ("", data.carved):
-        print(f"warning: {source.folder} has other files than {first} was trained on, so that other images are held "
-              "out: where it learned some of these, its figures are too good")
+    warn_of_learned(data, first, facts)
     split = getattr(data, args.split).in_order()  # of train, every image
     judges = [Judge(name, network, split) for name, network in networks.items()]
 
@@ -114,6 +112,13 @@ def evaluate_models(args, device):
     for line in (*warnings_of(results), *judges_fail):
         print(f"\nwarning: {line}")
     print(f"\npicture: {report.save_picture(folder / 'models.png', report.with_middles(pictures))}")
+
+
+def warn_of_learned(data, path, facts):
+    """Say where the images that a model held out, by the facts of its checkpoint, may not be those held out here."""
+    if facts["carved"] not in ("", data.carved):
+        print(f"warning: {path} held out other images than those of this folder: if it learned some of these, its "
+              "figures are too good")
 
 
 def checked_output(folder):
@@ -284,6 +289,7 @@ def evaluate_prior(args, device):
     source = datasets.Source.of(ckpt, args.data_folder)
     data, _ = open_judged(ckpt["data"]["name"], source, {path: ckpt}, (), device, args.batch_size, args.num_workers)
     check_classes(data, classes, source.folder)  # before a classifier learns others
+    warn_of_learned(data, path, ckpt["data"])
     split = getattr(data, args.split)
     judge = Judge("classifier", open_network("classifier", data, source), split)
 

@@ -55,7 +55,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and distributed.world_size() > 1:
         name = f"cuda:{distributed.local_rank()}"
-    elif name.startswith("cuda:") and distributed.world_size() > 1:
+    elif name.startswith("cuda:") and distributed.local_world_size() > 1:
         raise UserError(f"--device {name} is one GPU for several processes: leave its number out, and each has its own")
     try:
         device = torch.device(name)
@@ -279,7 +279,10 @@ class GraphedStep:
         return replay()
 
     def _plain(self, inputs):
-        """The step as it is; without the graphs if there is no memory for both, which they keep to themselves."""
+        """The step as it is; without the graphs if there is no memory for both, which they keep to themselves.
+
+        What a step had changed before it found none, it then changes twice.
+        """
         try:
             return self.graphs.warm_up(self.step, *inputs)
         except torch.OutOfMemoryError as error:

@@ -2,6 +2,7 @@
 import fcntl
 import os
 import platform
+import re
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +17,12 @@ WHERE = ("data_folder",)  # flags that say where the data of a run are, which is
 
 
 def run_folder(parent, name):
-    """Where the run of a name keeps its files under models or logs; a new one of a SLURM job has the job's id."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return Path(parent) / (name + (f"-{job}" if job and not holds_run(Path("models") / name) else ""))
+    """Where the run of a name keeps its files under models or logs.
+
+    In a SLURM job the job's id is added, unless the name is that of an earlier job's run.
+    """
+    job, earlier = os.environ.get("SLURM_JOB_ID"), re.search(r"-\d+$", name) and holds_run(Path("models") / name)
+    return Path(parent) / (name + (f"-{job}" if job and not earlier else ""))
 
 
 def holds_run(folder):
@@ -87,7 +91,8 @@ def last_checkpoint(folder, kind, flags, may_change):
               and (name in before or name in cli.changed)]  # a flag that was added since, at its default
     if differ:
         raise UserError(f"{folder} was trained with {', '.join(differ)}: --resume needs the same flags")
-    if before["output_folder"] != now["output_folder"]:
+    own = re.escape(before["output_folder"]) + r"(-\d+)?"  # with the id of a job
+    if not re.fullmatch(own, now["output_folder"]):
         print(f"{folder} was {run_folder('models', before['output_folder'])} before: its curves so far stay in "
               f"{run_folder('logs', before['output_folder'])}")
     return contents
@@ -125,7 +130,7 @@ def lost_best(folder, last):
     except UserError:
         return "is damaged"
     with checkpoint.complete(path):
-        ahead = best["counters"]["step"] > last["counters"]["step"]
+        ahead = best["counters"]["step"] > (last["counters"].get("best_step") or last["counters"]["step"])
         same = best.get("run") == last.get("run") and (ahead or best["best"] == last["best"])
     if not same:
         raise UserError(f"{path} is not the one that {folder / 'last.pt'} goes with, but of another run or epoch: put "

@@ -130,7 +130,7 @@ class Run:
         """Numbers of the epochs still to do; each one done is saved."""
         if not self.resumed:
             self.save("last.pt")
-        while not self._is_done():
+        while self.batch or not self._is_done():  # an epoch that was begun is validated, whatever the clock says
             yield self.epoch
             self.epoch, self.batch = self.epoch + 1, 0
             self.save("last.pt")

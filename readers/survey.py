@@ -43,11 +43,11 @@ class Survey:
 
     def copies(self, split):
         """The paths of a split whose content an earlier one of it has."""
-        paths, marks, found = self._paths[split], np.frombuffer(self._marks[split], np.uint64), set()
-        values, counts = np.unique(marks, return_counts=True)
-        for mark in values[(counts > 1) & (values > 0)]:
-            same, seen = [paths[i] for i in np.flatnonzero(marks == mark)], set()
-            for path, digest in zip(same, map(_digest, same)):
+        marks, counts = np.unique(np.frombuffer(self._marks[split], np.uint64), return_counts=True)
+        repeated, found, seen = set(marks[(counts > 1) & (marks > 0)].tolist()), set(), set()  # 0 is of the broken
+        for path, mark in zip(self._paths[split], self._marks[split]):
+            if mark in repeated:
+                digest = _digest(path)
                 found |= {path} if digest in seen else set()
                 seen.add(digest)
         return found

@@ -98,6 +98,8 @@ _measuring = {}  # of a process that measures: the split and its judges
 def _prepare_process(parent, *what):
     end_with(parent)
     _prepare(*what)
+    for judge in _measuring["judges"]:
+        judge.network.to(memory_format=torch.channels_last)  # as the one that came here
 
 
 def _prepare(split, judges, threads):

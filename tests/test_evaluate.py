@@ -175,8 +175,13 @@ def test_flags_that_a_prior_does_not_read_are_refused(folder):
 
 
 def test_a_folder_that_holds_out_other_images_than_a_model_was_trained_without_is_said(folder, tmp_path):
-    for count, warned in ((60, False), (61, True)):
+    for count, warned in ((60, False), (61, True), (40, True)):
         write_images(tmp_path / str(count), count)
+        if count == 40:  # the same files, sorted into splits
+            for split in ("train", "valid", "test"):
+                (tmp_path / "40/images" / split).mkdir()
+                for path in sorted((tmp_path / "40/images").glob("*.png"))[:13]:
+                    path.rename(path.parent / split / path.name)
         code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--data-folder",
                               tmp_path / str(count) / "images", "--no-features", "--device", "cpu", "--output", "other")
         assert code == 0 and ("its figures are too good" in out) == warned, (out, err)

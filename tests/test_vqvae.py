@@ -164,8 +164,11 @@ def test_slurm_job_id_names_the_run_and_another_job_goes_on_with_it(folder):
     assert run(folder, "--num-epochs", "1", SLURM_JOB_ID="42")[0] == 0
     assert (folder / "models/vqvae-42/best.pt").exists() and (folder / "logs/vqvae-42").is_dir()
     code, out, err = run(folder, "--num-epochs", "2", "--output-folder", "vqvae-42", "--resume", SLURM_JOB_ID="43")
-    assert code == 0 and "resuming" in out, err
+    assert code == 0 and "resuming" in out and " before: " not in out, err
     assert [path.name for parent in ("models", "logs") for path in (folder / parent).iterdir()] == ["vqvae-42"] * 2
+    assert run(folder, "--num-epochs", "1")[0] == 0
+    assert run(folder, "--num-epochs", "1", SLURM_JOB_ID="44")[0] == 0  # which leaves the run without an id alone
+    assert {path.name for path in (folder / "models").iterdir()} == {"vqvae", "vqvae-42", "vqvae-44"}
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(folder):

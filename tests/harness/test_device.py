@@ -251,6 +251,6 @@ def test_a_run_goes_on_with_an_optimizer_of_another_device():
 
 
 def test_one_gpu_for_several_processes_is_refused(monkeypatch):
-    monkeypatch.setattr("harness.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("harness.distributed.local_world_size", lambda: 2)
     with pytest.raises(UserError, match="--device cuda:0 is one GPU for several processes: leave its number out"):
         device.pick_device("cuda:0")
