@@ -30,10 +30,11 @@ def same_threads():
 def write_images(folder, count, side=16):
     """Write `count` images of side x side pixels, two colours each, to <folder>/images."""
     (folder / "images").mkdir(parents=True)
-    kinds = np.random.default_rng(0).permutation(3 ** 6)[:count]  # each image once
-    for i, kind in enumerate(kinds):
-        halves = np.array([20, 120, 220], np.uint8)[kind // 3 ** np.arange(6) % 3]
-        halves = Image.fromarray(halves.reshape(1, 2, 3))
+    random, drawn = np.random.default_rng(0), {}
+    while len(drawn) < count:  # each image once: copies are left out
+        halves = random.choice([20, 120, 220], (1, 2, 3)).astype(np.uint8)
+        drawn.setdefault(halves.tobytes(), Image.fromarray(halves))
+    for i, halves in enumerate(drawn.values()):
         halves.resize((side, side), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.png")
 
 

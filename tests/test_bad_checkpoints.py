@@ -8,6 +8,7 @@ import pytest
 import torch
 from bad_input import EVALUATE, RECONSTRUCT, SMALL, check, folder, trained  # noqa: F401 (fixtures)
 from conftest import call
+from PIL import Image
 
 from study import measuring
 
@@ -166,11 +167,11 @@ def test_damaged_tables(folder, text, command):  # noqa: F811
 
 
 def test_a_folder_that_gained_an_image_holds_out_others(folder):  # noqa: F811
-    images, changed = folder / "images", "since the model was trained, so that others are held out"
+    images, changed = folder / "images", "were added, removed or renamed since the model was trained"
     shutil.copytree(folder / "models" / "a", folder / "models" / "old")
     change(folder, "data.carved", "", "models/old/best.pt")
     shutil.copytree(images, folder / "moved")
-    shutil.copy(images / "7.png", images / "70.png")
+    Image.new("RGB", (16, 16)).save(images / "70.png")
     resumed = ("vqvae.py", *SMALL, "--data-folder", "images", "--output-folder", "a", "--resume", "--num-epochs", "2")
     for command in (READERS["evaluate"], (*READERS["evaluate"], "--data-folder", "./images/"), PRIOR, STACKED, resumed):
         check(folder, command, changed)

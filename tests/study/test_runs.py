@@ -174,8 +174,10 @@ def test_measuring_ends_with_the_comparison_that_started_it():
     code = """if True:
         import os, time
         from concurrent.futures import ProcessPoolExecutor
+        from types import SimpleNamespace
         from unittest import mock
         from pathlib import Path
+        import torch
         from study import measuring
 
         def measure(pool, jobs, *_):
@@ -187,7 +189,8 @@ def test_measuring_ends_with_the_comparison_that_started_it():
         if __name__ == "__main__":
             with mock.patch.object(measuring, "in_turn", measure), \\
                     mock.patch.object(measuring.checkpoint, "digest", lambda _: ""):
-                measuring.measure_runs({("a", 0): Path("a")}, None, {}, {"split": "valid"}, 2, 1)"""
+                split = SimpleNamespace(device=torch.device("cpu"))
+                measuring.measure_runs({("a", 0): Path("a")}, split, {}, {"split": "valid"}, 2, 1)"""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True, stdout=subprocess.PIPE)
     measuring = [int(number) for number in process.stdout.readline().split()]
     process.kill()
