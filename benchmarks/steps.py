@@ -159,11 +159,13 @@ def training_step_64(device):
             "vqvae.py --hidden-size 64": (step, 1 / STEPS_A_CALL)}
 
 
-def recipes(device):
-    """A step of the recipes at hidden size 64, on 16 photographs of 64x64."""
-    batches = load("photos", Source(image_size=(64, 64)), 16, device).train
-    return {f"--recipe {name}": Training(batches, "--recipe", name, "--hidden-size", 64)
-            for name in ("tuned-mse", "recommended", "recommended-photos")}
+def recipes(width):
+    """Subject: a step of the recipes at a hidden size, on 16 images of 128x128."""
+    def subject(device):
+        batches = noise(16, 128, device)
+        return {f"--recipe {name}": Training(batches, "--recipe", name, "--hidden-size", width)
+                for name in ("tuned-mse", "recommended", "recommended-photos")}
+    return subject
 
 
 def _times(step, images=0, flops=0):
