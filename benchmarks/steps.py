@@ -160,11 +160,12 @@ def training_step_64(device):
 
 
 def recipes(width):
-    """Subject: a step of the recipes at a hidden size, on 16 images of 128x128."""
+    """Subject: a step of the recipes at this hidden size."""
     def subject(device):
         batches = noise(16, 128, device)
         return {f"--recipe {name}": Training(batches, "--recipe", name, "--hidden-size", width)
                 for name in ("tuned-mse", "recommended", "recommended-photos")}
+    subject.__doc__ = f"A step of the recipes at hidden size {width}, on 16 images of 128x128."
     return subject
 
 

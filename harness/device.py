@@ -292,7 +292,7 @@ class GraphedStep:
         return self.graphs.warm_up(self.step, *inputs)  # here, where nothing holds the tensors of the step that failed
 
     def _give_up(self, error):
-        """Go on without graphs: of what cannot be captured, or has no room beside them."""
+        """Go on without graphs: of what cannot be captured, or has no room while they are there."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()  # memory of a graph
         self.captured, self.most = {}, 0  # where one failed, earlier ones draw from the generator that it leaves behind

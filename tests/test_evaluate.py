@@ -185,6 +185,8 @@ def test_a_folder_that_holds_out_other_images_than_a_model_was_trained_without_i
         code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--data-folder",
                               tmp_path / str(count) / "images", "--no-features", "--device", "cpu", "--output", "other")
         assert code == 0 and ("its figures are too good" in out) == warned, (out, err)
+
+
 def test_models_of_other_data_and_missing_ones_are_refused(folder):
     assert call(folder, "vqvae.py", *VQVAE, "--image-size", "12", "--output-folder", "small")[0] == 0
     code, _, err = call(folder, "evaluate.py", "--model", "models/a/best.pt", "models/small/best.pt")
