@@ -16,7 +16,7 @@ from harness.errors import UserError
 from losses import TERMS
 from study import measuring, mixes, tables
 from study.estimates import write_tables
-from study.judges import FEATURES, no_judge, open_judged
+from study.judges import FEATURES, check_split, no_judge, open_judged
 from study.runs import Sweep, check, in_turn, train
 
 MOST_RUNS = 1000
@@ -86,7 +86,8 @@ def main():
     data = data_flags(flags)
     device = pick_device(data.device)
     if not all((run / "results.json").exists() for run in runs.values()):
-        try_judges(data, [run for run in runs.values() if (run / "best.pt").exists()], args.features, device)
+        trained = [run for run in runs.values() if (run / "best.pt").exists()]
+        try_judges(data, trained, args.split, args.features, device)
 
     # Train. Runs of vqgan.py come first: a wrong flag of theirs is known at once, and not after hours of the others.
     threads = max(1, torch.get_num_threads() // args.jobs)  # all cores, or as many as OMP_NUM_THREADS says
@@ -127,11 +128,12 @@ def data_flags(flags):
     return parser.parse_known_args(flags)[0]
 
 
-def try_judges(data, trained, features, device):
+def try_judges(data, trained, split, features, device):
     """Open data and judges as the runs will be measured with; what they learn or download is kept."""
     data.dataset, data.data_folder = datasets.find(data.dataset, data.data_folder)
     source = replace(datasets.source_of(data), crop_scale=1., limit=None)  # as `datasets.Source.of` a run
-    open_judged(data.dataset, source, measuring.checkpoints_of(trained), features, device)
+    opened, _ = open_judged(data.dataset, source, measuring.checkpoints_of(trained), features, device)
+    check_split(getattr(opened, split))
     torch.cuda.empty_cache()
 
 

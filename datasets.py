@@ -208,9 +208,9 @@ def fingerprint(name, source):
     description = [name, str(source.image_size), str(source.skip_broken)]
     description += [f"limit {source.limit}"] * bool(source.limit)
     description += [f"version {DATASETS[name].version}"] if hasattr(DATASETS[name], "version") else []
-    folder = Path(source.folder) / getattr(DATASETS[name], "mark", "")  # not what other data sets keep next to it
-    if folder.is_dir() and name != BUILT_IN:  # a data set may make its images without one
-        for path in find_files(folder)[0]:
+    place = Path(source.folder) / getattr(DATASETS[name], "mark", "")  # not what other data sets keep next to it
+    if place.exists() and name != BUILT_IN:  # a data set may make its images without one
+        for path in find_files(place)[0] if place.is_dir() else [place]:
             status = os.stat(path)
             description.append(f"{os.path.relpath(path, source.folder)} {status.st_size} {status.st_mtime_ns}")
     return hashlib.sha256("\n".join(description).encode(errors="surrogateescape")).hexdigest()
@@ -300,7 +300,7 @@ def _complete_clips(splits, missing):
 
 
 def limited(splits, limit, in_order=False):
-    """{split: at most so many of its (images or latents, labels)}: of train the first, which are in random order.
+    """{split: at most so many of its (images or latents, labels)}: of train the first, in random order if of images.
 
     Of valid and test, which may be sorted by class, some that are spread evenly; or the first, where they are in order.
     """

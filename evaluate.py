@@ -11,13 +11,13 @@ from harness.device import pick_device
 from harness.errors import UserError
 from harness.folder import holds_run
 from modules import GatedPixelCNN, VectorQuantizedVAE
-from priors.first_stage import add_drawing_arguments, check_classes, check_vqvae
+from priors.first_stage import FirstStage, add_drawing_arguments, check_classes, check_vqvae
 from study.distances import frechet_distance
 from study.estimates import over_images
 from study.judges import FEATURES, OWN_JUDGE, Judge, no_judge, open_judged, open_network, trained_through
 from study.tables import JUDGES_SAY, judged_keys, mark, mean_ratio
 
-PICTURES = 10
+PICTURES, ORIGINAL = 10, "original"
 
 
 def parse_args():
@@ -52,6 +52,10 @@ def parse_args():
     args = parser.parse_args()
     if not args.model and not args.prior:
         parser.error("--model or --prior is needed: name a run")
+    of_prior = [name for name in ("samples", "temperature", "top_k", "seed")
+                if getattr(args, name) != parser.get_default(name)]
+    if of_prior and not args.prior:
+        parser.error(f"--{of_prior[0].replace('_', '-')} is for --prior: add it, or leave this out")
     of_models = [parser.get_default(name) for name in ("baseline", "features", "no_features", "output")]
     if args.prior and ([args.baseline, args.features, args.no_features, args.output] != of_models
                        or len(args.model or []) > 1):
@@ -83,11 +87,12 @@ def evaluate_models(args, device):
     source = datasets.Source.of(checkpoints[first], args.data_folder)
     data, networks = open_judged(facts["name"], source, checkpoints, () if args.no_features else args.features, device,
                                  args.batch_size, args.num_workers)
-    warn_of_learned(data, first, facts)
+    for path, contents in checkpoints.items():
+        warn_of_learned(data, path, contents)
     split = getattr(data, args.split).in_order()  # of train, every image
     judges = [Judge(name, network, split) for name, network in networks.items()]
 
-    results, by_image, pictures = {}, {}, {"original": metrics.as_8bit(split.examples(PICTURES))}
+    results, by_image, pictures = {}, {}, {ORIGINAL: metrics.as_8bit(split.examples(PICTURES))}
     for path, contents in checkpoints.items():
         model, name = VectorQuantizedVAE.rebuild(contents).to(device, memory_format=torch.channels_last), names[path]
         by_image[name], figures = metrics.measure(model, split, judges=judges,
@@ -105,18 +110,19 @@ def evaluate_models(args, device):
     setting = {"dataset": facts["name"], "size": facts["size"], "split": args.split, "images": len(split.labels),
                "baseline": baseline, "judged": judged,
                "features": {name: network.description for name, network in networks.items()}}
+    print(f"{table(results, setting)}\n\n{conventions_table(results)}")  # whatever becomes of the files
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_json(folder / "results.json", {"setting": setting, "models": results})
-    print(f"{table(results, setting)}\n\n{conventions_table(results)}")
     judges_fail = filter(None, (no_judge(name, list(results.values())) for name in networks))
     for line in (*warnings_of(results), *judges_fail):
         print(f"\nwarning: {line}")
     print(f"\npicture: {report.save_picture(folder / 'models.png', report.with_middles(pictures))}")
 
 
-def warn_of_learned(data, path, facts):
-    """Say where the images that a model held out, by the facts of its checkpoint, may not be those held out here."""
-    if facts["carved"] not in ("", data.carved):
+def warn_of_learned(data, path, contents):
+    """Say where the images that a model, by its checkpoint, held out may not be those held out here."""
+    known, now = contents["data"], data.facts()
+    if known["carved"] != now["carved"] or (known["images"] != now["images"] and not contents["args"].get("limit")):
         print(f"warning: {path} held out other images than those of this folder: if it learned some of these, its "
               "figures are too good")
 
@@ -144,9 +150,10 @@ def check_one_kind(checkpoints):
 
 
 def short_names(paths):
-    """{path: the shortest name that tells it from the others}: its folder's, or the path itself."""
+    """{path: the shortest name that tells it from the others and the originals}: its folder's, or the path itself."""
     folders = [Path(path).parent.name for path in paths]
-    return {path: path if folders.count(folder) > 1 or not folder else folder for path, folder in zip(paths, folders)}
+    return {path: path if folders.count(folder) > 1 or folder in ("", ORIGINAL) else folder
+            for path, folder in zip(paths, folders)}
 
 
 def training_of(path, contents):
@@ -281,26 +288,25 @@ def evaluate_prior(args, device):
     path = args.model[0] if args.model else checkpoint.load(args.prior, "prior", fields.PRIOR)["vqvae"]["path"]
     if not (args.model or Path(path).exists()):
         raise UserError(f"{args.prior} draws the codes of {path}, which is not there: pass --model, where it is now")
-    ckpt, prior_ckpt = checkpoint.load(path, "vqvae", fields.VQVAE), checkpoint.load(args.prior, "prior", fields.PRIOR)
-    classes = ckpt["data"]["classes"]
+    first, prior_ckpt = FirstStage(path, device), checkpoint.load(args.prior, "prior", fields.PRIOR)
+    classes, name = first.classes, first.data["name"]
     if not classes:
         raise UserError(f"{path} was trained on a data set without classes: there is nothing to agree on")
-    check_vqvae(prior_ckpt, path, ckpt["model_args"].get("K"))
-    source = datasets.Source.of(ckpt, args.data_folder)
-    data, _ = open_judged(ckpt["data"]["name"], source, {path: ckpt}, (), device, args.batch_size, args.num_workers)
+    check_vqvae(prior_ckpt, path, first.K)
+    source = datasets.Source.of(first.ckpt, args.data_folder)
+    data, _ = open_judged(name, source, {path: first.ckpt}, (), device, args.batch_size, args.num_workers)
     check_classes(data, classes, source.folder)  # before a classifier learns others
-    warn_of_learned(data, path, ckpt["data"])
-    split = getattr(data, args.split)
+    warn_of_learned(data, path, first.ckpt)
+    split = getattr(data, args.split).in_order()  # of train, every image
     judge = Judge("classifier", open_network("classifier", data, source), split)
 
-    vqvae, prior = VectorQuantizedVAE.rebuild(ckpt).to(device), GatedPixelCNN.rebuild(prior_ckpt).to(device)
-    shape, generator = tuple(side // vqvae.downsample for side in data.size), torch.Generator().manual_seed(args.seed)
+    prior, generator = GatedPixelCNN.rebuild(prior_ckpt).to(device), torch.Generator().manual_seed(args.seed)
     labels = torch.arange(len(classes), device=device).repeat_interleave(args.samples)
     with torch.no_grad():
-        drawn = [vqvae.decode(prior.generate(label, shape, len(label), args.temperature, args.top_k, generator))
+        drawn = [prior.generate(label, first.shape, len(label), args.temperature, args.top_k, generator)
                  for label in labels.split(args.samples)]
-        samples = torch.cat([judge.network(metrics.as_8bit(x)) for x in drawn])
-        rebuilt = torch.cat([judge.network(metrics.as_8bit(vqvae(x)[0])) for x, _ in split])
+        samples = torch.cat([judge.network(first.decode(codes)) for codes in torch.cat(drawn).split(args.batch_size)])
+        rebuilt = torch.cat([judge.network(first.decode(first.encode(x))) for x, _ in split])
     rows = [[f"real {args.split} images", judge.agreement(judge.real, judge.labels), ""]]
     for name, features, of in (("their reconstructions", rebuilt, judge.labels),
                                (f"samples, {args.samples} a class", samples, labels)):

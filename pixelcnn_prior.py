@@ -1,12 +1,14 @@
 """Train a PixelCNN prior on the latents of a VQ-VAE, and sample images from it."""
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 
 import metrics
 from harness import cli, distributed, fields, report
-from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
+from harness.device import adam, allow_tf32, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
-from harness.folder import run_folder
+from harness.folder import trained_folder
 from modules import GatedPixelCNN
 from priors import first_stage
 from priors.latents import count_images, load_latents, mean_nats, split_latents
@@ -38,7 +40,7 @@ def main():
     device = pick_device(args.device)
     first = first_stage.FirstStage(args.model, device)
     args, source = first_stage.settle(args, first)
-    autocast, classes = autocast_of(device, args.precision), first.classes
+    classes = first.classes
     if args.label is not None:
         args.label = first_stage.class_of(args.label, classes)
     if args.sample:
@@ -48,8 +50,9 @@ def main():
                         "leave it out")
 
     splits = load_latents(args, first, source, "prior")
+    autocast = autocast_of(device, args.precision)  # after the codes, which are those of float32
     train, valid, test = split_latents(splits, args, device, of_classes=bool(classes))
-    labels = train.labels.unique() if classes else None  # Mini-ImageNet's training images lack some
+    labels = train.labels.unique().to(device) if classes else None  # Mini-ImageNet's training images lack some
     torch.manual_seed(args.seed)
     model_args = {"input_dim": first.K, "dim": args.hidden_size_prior, "n_layers": args.num_layers,
                   "n_classes": len(classes)}
@@ -98,7 +101,8 @@ def main():
 
     # The best epoch, once, on the test split, and what it draws and what uniform codes give.
     run.take_best(model)
-    values = measure(model, test, first, autocast)
+    allow_tf32(False)
+    values = measure(model, test, first)
     usage = metrics.codebook_usage(torch.bincount(test.images.flatten().long(), minlength=first.K))
     usage["codebook_perplexity"] = usage.pop("perplexity")  # the first stage's; the prior has one of its own
     images = draw_images(model, first, grid_labels(labels), args)
@@ -114,7 +118,7 @@ def main():
           f"curves: {run.see_curves}")
 
 
-def measure(model, batches, first, autocast):
+def measure(model, batches, first, autocast=nullcontext):
     """What the prior needs to code a latent."""
     nats = mean_nats(model, batches, autocast, lambda codes, label: (
         {"nats": model(codes, label if first.classes else None)}, codes))["nats"]
@@ -153,7 +157,7 @@ def sample(args, first):
         seen = torch.tensor(seen if args.label is None else [args.label], device=first.device)
         labels = seen[torch.arange(args.sample, device=first.device) % len(seen)].sort().values
     what = [] if args.label is None else [str(args.label)]
-    path = run_folder("models", args.output_folder) / first_stage.name_of_sample(args, *what)
+    path = trained_folder(args.output_folder) / f"{first_stage.name_of_sample(args, 'sample', *what)}.png"
     of_class = "" if args.label is None else f" of the class {first.classes[args.label]}"
     print(f"samples{of_class}: {save_samples(path, draw_images(model, first, labels, args))}")
 

@@ -247,7 +247,7 @@ def read_latents(path, model, digest):
             raise ValueError("a name is no PNG file in the output folder")
         kept = {name: (torch.from_numpy(grid.astype(np.int64)), tuple(size))
                 for name, grid, size in zip(names, grids, sizes.tolist())}
-    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or holds no latents of --save-latents ({error}): make it anew") from error
     if known != digest:
         raise UserError(f"{path} holds latents of another model: pass the --model that it was made with")

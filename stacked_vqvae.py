@@ -1,5 +1,6 @@
 """Train a second VQ-VAE on the latents of a first: a few codes for an image, decoded by a PixelCNN."""
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -8,9 +9,9 @@ import torch.nn.functional as F
 import metrics
 from harness import cli, distributed, fields, report
 from harness.batches import send
-from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
+from harness.device import adam, allow_tf32, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
-from harness.folder import run_folder
+from harness.folder import trained_folder
 from priors import first_stage
 from priors.latents import count_images, load_latents, mean_nats, open_images, split_latents
 from priors.networks import CODES, StackedVQVAE
@@ -50,7 +51,6 @@ def main():
     device = pick_device(args.device)
     first = first_stage.FirstStage(args.model, device)
     args, source = first_stage.settle(args, first)
-    autocast = autocast_of(device, args.precision)
     if args.sample:
         return sample(args, first, source)
 
@@ -63,6 +63,7 @@ def main():
     print(report.size_of(model, torch.zeros(1, *first.shape, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)))
     model.to(device, memory_format=torch.channels_last)
     splits = load_latents(args, first, source, "stacked")
+    autocast = autocast_of(device, args.precision)  # after the codes, which are those of float32
     counts = count_images(splits)
     splits |= {split: with_another(*splits[split], split) for split in ("valid", "test")}
     train, valid, test = split_latents(splits, args, device)
@@ -114,8 +115,9 @@ def main():
 
     # The best epoch, once, on the test split.
     run.take_best(model)
-    values = measure(model, test, first, autocast)
-    psnr, picture = reconstruct(args, first, source, model, "reconstructions.png")
+    allow_tf32(False)
+    values = measure(model, test, first)
+    psnr, picture = reconstruct(args, first, source, model, run.models / "reconstructions.png")
     results = run.finish(values | psnr, tuple(values | psnr))
     print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in values | psnr]))
     print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
@@ -137,7 +139,7 @@ def left_out(grid, share):
 
 
 @torch.no_grad()
-def measure(model, batches, first, autocast):
+def measure(model, batches, first, autocast=nullcontext):
     """Code length with the right codes, those of another image and none; what a code of the prior takes; usage."""
     used = [torch.zeros(CODES, dtype=torch.float64) for _ in range(model.n_codes)]
 
@@ -160,8 +162,8 @@ def measure(model, batches, first, autocast):
     return values
 
 
-def reconstruct(args, first, source, model, name):
-    """PSNR of images of the test split from their codes, and a picture of them, a file `name` of the run."""
+def reconstruct(args, first, source, model, path):
+    """PSNR of images of the test split from their codes, and a picture of them, saved at a path."""
     x = open_images(args, first, source).test.examples(SHOWN)
     grid, original = first.encode(x), metrics.as_8bit(x)
     generator = torch.Generator().manual_seed(args.seed)
@@ -174,7 +176,6 @@ def reconstruct(args, first, source, model, name):
     rows = [original, first.decode(grid), *draws, free]
     psnr = {"psnr_first_stage": rows[1], "psnr_one_draw": draws[0], f"psnr_mean_of_{args.draws}_draws": sum(draws)
             / len(draws)}
-    path = run_folder("models", args.output_folder) / name
     return ({name: float(metrics.psnr(image, original).mean()) for name, image in psnr.items()},
             report.save_picture(path, rows))
 
@@ -185,9 +186,9 @@ def sample(args, first, source):
     generator = torch.Generator().manual_seed(args.seed)
     codes = model.draw_codes(args.sample, args.temperature, args.top_k, generator)
     images = first.decode(model.draw(codes, args.temperature, args.top_k, generator))
-    path = run_folder("models", args.output_folder) / first_stage.name_of_sample(args)
-    print(f"samples: {report.save_picture(path, images.split(SHOWN))}")
-    _, picture = reconstruct(args, first, source, model, first_stage.name_of_sample(args, "reconstructions"))
+    path = trained_folder(args.output_folder) / first_stage.name_of_sample(args, "sample")
+    print(f"samples: {report.save_picture(f'{path}.png', images.split(SHOWN))}")
+    _, picture = reconstruct(args, first, source, model, f"{path}-reconstructions.png")
     print(f"from their codes: {picture}")
 
 

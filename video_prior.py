@@ -1,5 +1,6 @@
 """Train a prior over the next frame's latents, given those before it and the action, and generate video with it."""
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -10,9 +11,9 @@ import datasets
 from datasets import SPLITS
 from harness import checkpoint, cli, distributed, fields, report
 from harness.batches import send
-from harness.device import adam, autocast_of, compiled, one_step, pick_device, set_lr
+from harness.device import adam, allow_tf32, autocast_of, compiled, one_step, pick_device, set_lr
 from harness.errors import UserError
-from harness.folder import run_folder
+from harness.folder import trained_folder
 from priors import first_stage
 from priors.latents import count_images, load_latents, mean_nats, read_or_encode, split_latents
 from priors.networks import VideoPrior
@@ -60,12 +61,12 @@ def main():
     device = pick_device(args.device)
     first = first_stage.FirstStage(args.model, device)
     args, source = first_stage.settle(args, first, in_order=True)
-    autocast = autocast_of(device, args.precision)
     actions = getattr(datasets.DATASETS[args.dataset], "actions", [])
     if args.rollout:
         return roll_out(args, first, source, actions)
 
     frames = load_latents(args, first, source, "video")
+    autocast = autocast_of(device, args.precision)  # after the codes, which are those of float32
     windows = {split: cut(*frames[split], args.context, split) for split in SPLITS}
     train, valid, test = split_latents(windows, args, device)
     torch.manual_seed(args.seed)
@@ -113,7 +114,8 @@ def main():
 
     # The best epoch, once, on the test split.
     run.take_best(model)
-    values = measure(model, test, first, autocast) | as_the_last_frame(train, test, first.K)
+    allow_tf32(False)
+    values = measure(model, test, first) | as_the_last_frame(train, test, first.K)
     results = run.finish(values, tuple(values))
     print("\n" + report.markdown_table(["test split", "value"], [[name, results[name]] for name in values]))
     print(f"\n{results['ms_per_step']:.4g} ms a step, {results['train_seconds']:.4g} s of training on {device}\n"
@@ -156,10 +158,10 @@ def disturb(window, most):
     return torch.cat([torch.where(send(hit, window.device), elsewhere, frames), window[:, -1:]], 1)
 
 
-def measure(model, batches, first, autocast):
+def measure(model, batches, first, autocast=nullcontext):
     """Code length of a frame's latents, and the share of them whose most probable code is right."""
     values = mean_nats(model, batches, autocast,
-                               lambda window, action: ({"nats": model(window, action)}, window[:, -1]))
+                       lambda window, action: ({"nats": model(window, action)}, window[:, -1]))
     return first.code_length(values["nats"]) | {"right": values["nats_right"]}
 
 
@@ -203,7 +205,7 @@ def roll_out(args, first, source, actions):
     """Go on from frames of the test split for --rollout frames: a GIF and a film strip, real above generated."""
     chosen_actions(args.action, actions, torch.zeros(1, args.rollout, dtype=torch.int64))  # a wrong name fails early
     model, _ = first_stage.open_trained("video", args, first, VideoPrior.rebuild)
-    folder, context = run_folder("models", args.output_folder), model.context
+    folder, context = trained_folder(args.output_folder), model.context
     frames, rows = read_or_encode(folder / "latents.pt", args, first, source)["test"]
     starts = starts_of_windows(rows, context + args.rollout, "test", "--rollout")
     if len(starts) < args.starts:
@@ -222,7 +224,7 @@ def roll_out(args, first, source, actions):
     drawn = model.rollout(real[:, :context], chosen, args.temperature, args.top_k, generator)
     videos = [first.decode(part.flatten(0, 1)).unflatten(0, part.shape[:2]).cpu()
               for part in (real[:, context:], drawn)]
-    name = folder / f"rollout-{args.action.replace(',', '-')[:60]}"
+    name = folder / first_stage.name_of_sample(args, "rollout", args.action.replace(",", "-")[:60])
     contents = {"real": _bytes(videos[0]), "generated": _bytes(videos[1]), "actions": chosen.cpu()}
     checkpoint.write_with(f"{name}.pt", partial(torch.save, contents))
     print(f"above real frames as the VQ-VAE has them, below generated: {save_gif(f'{name}.gif', videos, args.fps)}, "

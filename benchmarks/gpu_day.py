@@ -8,6 +8,7 @@ begins: what is missing then is named, and `--parts` runs it by itself. Each row
 that nothing is lost where the script is killed, as it is by itself after 6 minutes.
 To add a part: write a function (device, small) -> rows, each a dict of plain values, and give it a row in `PARTS`.
 """
+import gc
 import json
 import signal
 import statistics
@@ -17,7 +18,6 @@ import tempfile
 import time
 import traceback
 from functools import partial
-from itertools import product
 
 import torch
 
@@ -37,6 +37,7 @@ MOST_SECONDS = 350  # when the script ends, whatever a compiler is at
 START = time.perf_counter()
 SEARCHES = (131072, 512, 64), (16384, 16384, 64), (8192, 512, 256), (32768, 1024, 256)  # N, K, D
 STEPS = (32, 128), (32, 1024), (128, 32, "--hidden-size", 64), (256, 16, "--hidden-size", 64)  # side, images, flags
+RECIPES = {"recommended": steps.RECOMMENDED, "recommended-photos": ("--recipe", "recommended-photos")}
 SMALL_STEPS = (16, 4, "--hidden-size", 16),
 SMALL_SEARCHES = (512, 64, 16),
 # Rows and codes of a tile, warps, stages.
@@ -249,8 +250,8 @@ def _captured(call, device):
 def ssim(device, small):
     """Value and gradient of SSIM: the kernel and other libraries."""
     for count, side in ((2, 32),) if small else ((16, 256), (128, 32), (32, 128)):
-        b = torch.rand(count, 3, side, side, device=device)
-        a = (b + 0.1 * torch.randn_like(b)).clamp(0, 1).requires_grad_()
+        b = torch.rand(count, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        a = (b + 0.1 * torch.randn_like(b)).clamp(0, 1).requires_grad_()  # as they lie in a step
         values = {"pytorch-msssim": peers.pytorch_msssim, "fussim": peers.fussim,
                   "ours": lambda a, b: mean_ssim(a, b, 11, 1.5),
                   "ours, root, 3 pixels": lambda a, b: mean_ssim(a, b, 3, 0.75, True)}
@@ -265,20 +266,27 @@ def _gradient(value, a, b):
 
 
 def training(device, small):
-    """A step of vqvae.py against the plain loop; at last, of the first size, compiled ones, which take a while."""
-    sizes = SMALL_STEPS if small else STEPS
-    for (side, count, *flags), compiled in [*product(sizes, [False]), (sizes[0], True)]:
-        images, hidden = steps.noise(count, side, device), steps.flags_of(*flags).hidden_size
-        plain = partial(steps.plain_step, images[0][0].contiguous, device, hidden)
-        ours, calls = partial(steps.Training, images, *flags), {"plain loop, TF32": plain()}
-        calls |= {"vqvae.py --compile": ours("--compile"),
-                  "recommended --compile": ours(*steps.RECOMMENDED, "--compile"),
-                  "plain loop, compiled": plain(compile=True)} if compiled else {
-                      "vqvae.py --no-graph": ours("--no-graph"), "vqvae.py": ours(),
-                      "recommended": ours(*steps.RECOMMENDED),
-                      "recommended-photos": ours("--recipe", "recommended-photos")}
-        yield from rows_of(f"{count} of {side}x{side}, hidden {hidden}", calls, device, count,
-                           steps.flops_of(side, device, *flags))
+    """A step of vqvae.py and of the recipes against the plain loop."""
+    for size in SMALL_STEPS if small else STEPS:
+        yield from step_rows(size, device, {"vqvae.py --no-graph": ("--no-graph",), "vqvae.py": ()} | RECIPES)
+
+
+def compiled(device, small):
+    """The same of the first size, compiled, which takes a while: each by itself, so that it is kept."""
+    for label, flags in ({"vqvae.py": ()} | RECIPES).items():
+        calls = {f"{label} --compile": (*flags, "--compile")}
+        yield from step_rows((SMALL_STEPS if small else STEPS)[0], device, calls, compile=True)
+
+
+def step_rows(size, device, calls, **of_plain):
+    """Rows of training steps with these flags {label: flags}, against the plain loop, as it is or compiled."""
+    side, count, *flags = size
+    images, hidden = steps.noise(count, side, device), steps.flags_of(*flags).hidden_size
+    plain = steps.plain_step(images[0][0].contiguous, device, hidden, **of_plain)
+    yield from rows_of(f"{count} of {side}x{side}, hidden {hidden}", {
+        "plain loop, compiled" if of_plain else "plain loop, TF32": plain,
+        **{label: steps.Training(images, *flags, *more) for label, more in calls.items()}}, device, count,
+        steps.flops_of(side, device, *flags))
 
 
 def others(device, small):
@@ -304,8 +312,11 @@ def memory(device, small):
     if device.type != "cuda":
         yield {"what": "no GPU"}
         return
+    step = None
     for side, count, *flags in STEPS[0], STEPS[2]:
-        for more in (("--no-graph",), ()) + (("--compile",),) * (not flags):  # compiled before, by `training`
+        for more in (("--no-graph",), ()) + (("--compile",),) * (not flags):
+            del step
+            gc.collect()  # the step before would count as freed
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -318,7 +329,7 @@ def memory(device, small):
 
 def profile(device, small):
     """The kernels that take most of a step, as it runs."""
-    for flags in ((), steps.RECOMMENDED):
+    for flags in ((), *RECIPES.values()):
         step = steps.Training(steps.noise(4 if small else 128, 32, device), *flags)
         for _ in range(8):
             step()
@@ -348,8 +359,9 @@ PARTS = {
     "search": search,
     "others": others,
     "profile": profile,
-    "memory": memory,
     "tiles": tiles,
+    "memory": memory,
+    "compiled": compiled,  # last: it may take minutes
 }
 
 if __name__ == "__main__":

@@ -148,6 +148,8 @@ def complete(path):
     """Within it, what a checkpoint lacks is a UserError that names the file."""
     try:
         yield
+    except torch.OutOfMemoryError:  # no fault of the file
+        raise
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} does not hold all that it should ({' '.join(str(error).split())[:200]}): it is "
                         "damaged or was made by another program, use another") from error

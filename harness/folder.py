@@ -25,6 +25,12 @@ def run_folder(parent, name):
     return Path(parent) / (name + (f"-{job}" if job and not earlier else ""))
 
 
+def trained_folder(name):
+    """Where a run of a name, that something reads, keeps its files: a SLURM job's own, or one without a job's id."""
+    plain_one = Path("models") / name
+    return plain_one if holds_run(plain_one) else run_folder("models", name)
+
+
 def holds_run(folder):
     """Whether a folder is a run's, even of one that has lost some of its files."""
     return any((folder / name).exists() for name in ("args.json", "last.pt", "best.pt"))

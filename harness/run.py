@@ -182,7 +182,7 @@ class Run:
         """Share of the training that is done, in [0, 1]: of the batches of all epochs, or of the time of --minutes."""
         if self.args.minutes:
             return min(1., self._time_share())
-        return (self.epoch * len(loader) + self.batch) / (self.args.num_epochs * len(loader))
+        return min(1., (self.epoch * len(loader) + self.batch) / (self.args.num_epochs * len(loader)))
 
     def check_finite(self, losses):
         """Note which of the losses {name: scalar} of this step are not finite, "loss" being the one that is minimised.
@@ -231,7 +231,7 @@ class Run:
         if self.args.minutes:
             return max(0., 60 * self.args.minutes - self._elapsed())
         steps = (self.args.num_epochs - self.epoch) * self._length - self.batch
-        return steps * (self._pace.seconds() or 0.)
+        return max(0, steps) * (self._pace.seconds() or 0.)
 
     def _time_left(self):
         """"about 5 min to go"; empty where that is unknown, and at the end."""

@@ -17,8 +17,8 @@ def lr_scale(name, warmup, progress, step, steps=None):
         rise, start = progress / warmup if warmup else 1., warmup
     else:
         rise, start = (step + 1) / (warmup + 1), 0.
-    if rise < 1:
-        return rise
+    if rise < 1 or start >= 1:  # an epoch that was begun goes on past the end where --resume takes fewer epochs
+        return min(1., rise)
     return 0.5 * (1 + math.cos(math.pi * max(0., progress - start) / (1 - start))) if name == "cosine" else 1.
 
 

@@ -11,7 +11,7 @@ from datasets import Source, check_same
 from harness import checkpoint, cli, fields
 from harness.device import pick_precision
 from harness.errors import UserError
-from harness.folder import run_folder
+from harness.folder import trained_folder
 from harness.run import Run
 from modules import VectorQuantizedVAE
 
@@ -37,10 +37,10 @@ def add_drawing_arguments(group):
 
 
 def name_of_sample(args, *what):
-    """File name of a picture that is drawn with these flags, those that are not as usual in it."""
+    """Stem of the name of a file that is drawn with these flags, those that are not as usual in it."""
     unusual = ((args.temperature != 1, f"temperature{args.temperature:g}"), (args.top_k, f"top{args.top_k}"),
                (args.seed, f"seed{args.seed}"))
-    return "-".join(["sample", *what, *(text for given, text in unusual if given)]) + ".png"
+    return "-".join([*what, *(text for given, text in unusual if given)])
 
 
 def some(names):
@@ -155,7 +155,7 @@ def open_run(kind, args, first, state, may_change):
 
 def open_trained(kind, args, first, rebuild):
     """The model in the output folder, rebuilt from its best.pt, and that file's contents."""
-    ckpt = checkpoint.load(run_folder("models", args.output_folder) / "best.pt", kind,
+    ckpt = checkpoint.load(trained_folder(args.output_folder) / "best.pt", kind,
                            fields.PRIOR if kind == "prior" else fields.OF_LATENTS)
     check_vqvae(ckpt, args.model, first.K)
     return rebuild(ckpt).to(first.device), ckpt

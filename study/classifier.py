@@ -78,7 +78,8 @@ def open_classifier(data, source, folder="models", epochs=EPOCHS):
     """
     with torch.random.fork_rng([]):
         model = Classifier(data.channels, len(data.classes))
-    unknown = set(torch.cat([data.valid.labels, data.test.labels]).tolist()) - set(data.train.labels.tolist())
+    train, valid, test = (set(getattr(data, split).labels.tolist()) for split in datasets.SPLITS)
+    unknown = (valid | test) - train
     if unknown:
         raise UserError(f"a classifier learns the classes of train, and valid or test have "
                         f"{data.classes[min(unknown)]}, which train lacks: add images of it to train, or {DO_WITHOUT}")

@@ -238,6 +238,13 @@ def no_judge(name, found):
             "reconstructions. Where you can still recognize these, leave it out.")
 
 
+def check_split(loader):
+    """UserError where a split has too few images to be judged."""
+    if len(loader.labels) < FEWEST:
+        raise UserError(f"distances need a split of {FEWEST} images or more, this one has {len(loader.labels)}: "
+                        "add images, or leave distances out (evaluate.py --no-features)")
+
+
 class Judge:
     """Says how far reconstructions of a split lie from their originals in the features of a network.
 
@@ -253,9 +260,7 @@ class Judge:
     @torch.no_grad()
     def __init__(self, name, network, loader):
         self.name, self.network = name, network
-        if len(loader.labels) < FEWEST:
-            raise UserError(f"distances need a split of {FEWEST} images or more, this one has {len(loader.labels)}: "
-                            "add images, or leave distances out (evaluate.py --no-features)")
+        check_split(loader)
         self.real = self.labels = None
         if getattr(network, "of_sets", True):
             real, labels = zip(*((network((x + 1) / 2), label) for x, label in loader))

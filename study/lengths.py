@@ -24,18 +24,21 @@ def main():
     check_output(Path(args.output))
     panels, seen = {}, {}
     for folder in (Path("models") / name for name in args.comparisons):
-        flags, gains = read(folder)
+        flags, gains, judges = read(folder)
         unit, length = ("minutes", flags["minutes"]) if flags["minutes"] else ("epochs", flags["num_epochs"])
-        first, unit_of_first, known = next(iter(seen.values()), (folder, unit, flags))
+        first, unit_of_first, known, judges_of_first = next(iter(seen.values()), (folder, unit, flags, judges))
         if unit != unit_of_first:
             raise UserError(f"{folder} was trained for {unit} and {first} was not: they share no axis")
         if length in seen:
             raise UserError(f"{folder} and {seen[length][0]} are both of {length:g} {unit}: give one of each length")
-        seen[length] = folder, unit, flags
+        seen[length] = folder, unit, flags, judges
         differ = [name for name in flags if name not in MAY_DIFFER and flags[name] != known.get(name)]
         if differ:
             raise UserError(f"{folder} was trained with another {differ[0]} than {first}: only lengths and learning "
                             "rates may differ")
+        if judges != judges_of_first:
+            raise UserError(f"{folder} was judged by {', '.join(judges)} and {first} by {', '.join(judges_of_first)}: "
+                            "their means do not compare")
         for title, curve, numbers in gains:
             panels.setdefault(title, {}).setdefault(curve, []).append((length, *numbers))
     print(report.draw_curves(args.output, f"{unit} of training", panels, log_ticks=sorted(seen)))
@@ -51,7 +54,8 @@ def read(folder):
     """Flags of the first run of a comparison, and what its table says of each mix against its baseline.
 
     Returns:
-        flags, [(title of a panel, name of a curve, (mean, low, high))], not a number where there is none.
+        flags, [(title of a panel, name of a curve, (mean, low, high))], not a number where there is none, and the
+        distances that have a ratio to the baseline's.
     """
     path = folder / "table.json"
     with checkpoint.complete(path):
@@ -60,11 +64,12 @@ def read(folder):
         gains = [(title, f"{row['loss']} against {row['baseline']}", _numbers(row[column]))
                  for row in table["against"] if row["loss"] != row["baseline"]
                  for title, column in (PANELS | OF_CLASSIFIER).items() if title in PANELS or column in row]
+        judges = [column for column in table["against"][0] if column.endswith(" / baseline")]
     if not gains:
         raise UserError(f"{path} compares a baseline with itself alone: leave it out")
     of_test = folder.name == "test" and not (folder / name).is_dir()  # whose runs lie in the folder above
     path = (folder.parent if of_test else folder) / name / "args.json"
-    return checkpoint.load_json(path, fields.LAST["args"]), gains
+    return checkpoint.load_json(path, fields.LAST["args"]), gains, judges
 
 
 def _numbers(estimate):

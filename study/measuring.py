@@ -27,11 +27,18 @@ def checkpoints_of(runs):
 
 
 def open_split(runs, split, features, device):
-    """A split of the data set of runs, networks by name that judge it, and what their figures depend on."""
+    """A split of the data set of runs, networks by name that judge it, and what their figures depend on.
+
+    Raises:
+        UserError: the runs were trained on different images.
+    """
     checkpoints = checkpoints_of(runs)
     ckpt = checkpoints[runs[0]]
     source = datasets.Source.of(ckpt)
     data, networks = open_judged(ckpt["data"]["name"], source, checkpoints, features, device)
+    for run, contents in checkpoints.items():
+        if contents["data"]["images"] != ckpt["data"]["images"]:
+            raise UserError(f"{run} and {runs[0]} were trained on different images: give another --output")
     setting = {"version": VERSION, "split": split, "images": datasets.fingerprint(data.name, source),
                "figures": [*metrics.IMAGE_METRICS, *TERMS],
                "networks": {name: network.description for name, network in networks.items()}}

@@ -7,12 +7,14 @@ An image is its blur and its detail, x = blur + detail. Of each term this prints
 Above 1, a model that does not know where detail lies does better to leave it out: the term asks for a blur. Below 1,
 it does better to draw it. The blur is a 3x3 binomial filter. Values depend on the images and their size.
 """
+import math
+
 import torch
 
 import datasets
 from harness import cli, report
-from harness.errors import UserError
 from losses import TERMS, sharpened
+from study.measuring import terms_for
 
 IMAGES, BATCH = 256, 64
 
@@ -36,21 +38,10 @@ def rows(x):
     blurred = sharpened(x, -1.)  # an unsharp mask of amount -1 leaves the blur
     shifted = blurred + (x - blurred).roll((1, 1), (2, 3))
     result = []
-    for name, term in TERMS.items():
-        if not suits(term, x):
-            continue
-        blur, shift = mean(term, blurred, x), mean(term, shifted, x)
-        result.append([name, blur, shift, shift / blur])
+    for name in terms_for(x[:1])[0]:
+        blur, shift = (mean(TERMS[name], image, x) for image in (blurred, shifted))
+        result.append([name, blur, shift, shift / blur if blur else math.nan])
     return result
-
-
-def suits(term, x):
-    """Whether a term is defined for images of the size and channels of x."""
-    try:
-        term(x[:1], x[:1])
-    except UserError:
-        return False
-    return True
 
 
 @torch.no_grad()

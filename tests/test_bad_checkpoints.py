@@ -166,7 +166,7 @@ def test_damaged_tables(folder, text, command):  # noqa: F811
     check(folder, command, "models/c/table.json ")
 
 
-def test_a_folder_that_gained_an_image_holds_out_others(folder):  # noqa: F811
+def test_a_folder_that_gained_an_image_holds_out_others(folder, monkeypatch):  # noqa: F811
     images, changed = folder / "images", "were added, removed or renamed since the model was trained"
     shutil.copytree(folder / "models" / "a", folder / "models" / "old")
     change(folder, "data.carved", "", "models/old/best.pt")
@@ -188,4 +188,9 @@ def test_a_folder_that_gained_an_image_holds_out_others(folder):  # noqa: F811
     for run in "ab":
         shutil.copytree(folder / "models" / run, folder / "models" / "sweep" / run)
     with pytest.raises(ValueError, match="were trained on other files"):
+        measuring.open_split([folder / "models" / "sweep" / run for run in "ba"], "valid", [], "cpu")
+    change(folder, "data.images.valid", 99, "models/sweep/a/best.pt")
+    change(folder, "data.carved", "", "models/sweep/a/best.pt")
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="were trained on different images"):
         measuring.open_split([folder / "models" / "sweep" / run for run in "ba"], "valid", [], "cpu")

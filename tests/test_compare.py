@@ -105,6 +105,10 @@ def test_what_another_command_trained_is_refused(folder):
     assert code == 2 and "table.json does not hold all that it should" in err and err.count("\n") == 1, err
     code, _, err = call(folder, "compare.py", "--losses", "l1=1,ssim=0.5", *FLAGS, "--features", "classifier")
     assert code == 2 and "a classifier needs a data set with at least two classes" in err
+    write_images(folder / "few", 30)
+    code, _, err = call(folder / "few", "compare.py", "--losses", "mse", *FLAGS)
+    assert code == 2 and "need a split of 4 images or more, this one has 3" in err
+    assert not (folder / "few/models").exists()
 
 
 @pytest.mark.parametrize("flags, says", [

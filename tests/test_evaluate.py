@@ -142,6 +142,9 @@ def test_a_judge_that_a_model_was_trained_through_is_marked(folder):
 
 
 def test_what_cannot_be_evaluated_is_one_line(folder, monkeypatch):
+    code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--no-features", "--device", "cpu", "--output",
+                          "images/0.png/there")
+    assert code == 2 and "images/0.png" in err and err.count("\n") == 1 and "| a " in out  # what was measured
     code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--features", "classifier", "--device", "cpu")
     assert code == 2 and "at least two classes, this one has none" in err
 
@@ -172,6 +175,9 @@ def test_flags_that_a_prior_does_not_read_are_refused(folder):
     for flags in (("--features", "classifier"), ("--no-features",), ("--output", "there"), ("--baseline", "models/a")):
         code, _, err = call(folder, "evaluate.py", "--prior", "models/prior", *flags)
         assert code == 2 and "leave out --baseline, --features, --no-features, --output and further models" in err
+    for flags in (("--samples", "5"), ("--temperature", "0.5"), ("--top-k", "3"), ("--seed", "1")):
+        code, _, err = call(folder, "evaluate.py", "--model", "models/a", *flags)
+        assert code == 2 and f"{flags[0]} is for --prior" in err
 
 
 def test_a_folder_that_holds_out_other_images_than_a_model_was_trained_without_is_said(folder, tmp_path):
@@ -185,6 +191,13 @@ def test_a_folder_that_holds_out_other_images_than_a_model_was_trained_without_i
         code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--data-folder",
                               tmp_path / str(count) / "images", "--no-features", "--device", "cpu", "--output", "other")
         assert code == 0 and ("its figures are too good" in out) == warned, (out, err)
+    for name, count in (("split", 40), ("other", 61)):
+        code, _, err = call(folder, "vqvae.py", *VQVAE, "--data-folder", tmp_path / str(count) / "images",
+                            "--output-folder", name)
+        assert code == 0, err
+    code, out, err = call(folder, "evaluate.py", "--model", "models/split", "models/other", "--data-folder",
+                          tmp_path / "40/images", "--no-features", "--device", "cpu", "--output", "other")
+    assert code == 0 and "models/other/best.pt held out other images" in out and "models/split/best.pt held" not in out
 
 
 def test_models_of_other_data_and_missing_ones_are_refused(folder):
@@ -206,6 +219,7 @@ def test_short_names_tell_models_apart():
     assert evaluate.short_names(["models/a/best.pt", "models/b/best.pt"]) == {
         "models/a/best.pt": "a", "models/b/best.pt": "b"}
     assert evaluate.short_names(["a/best.pt", "a/last.pt"]) == {"a/best.pt": "a/best.pt", "a/last.pt": "a/last.pt"}
+    assert evaluate.short_names(["original/best.pt"]) == {"original/best.pt": "original/best.pt"}
 
 
 # --- reconstruct.py

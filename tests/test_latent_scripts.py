@@ -3,6 +3,8 @@ import argparse
 import json
 import math
 import signal
+import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from processes import finish, start_two
 import stacked_vqvae
 import video_prior
 from harness import checkpoint, distributed
+from harness.device import allow_tf32
+from priors import latents
 from priors.latents import split_latents
 
 SMALL = ("--hidden-size-prior", "8", "--num-layers", "2", "--batch-size", "8", "--device", "cpu", "--precision", "fp32")
@@ -108,6 +112,23 @@ def test_the_stacked_model_draws(folder):
     assert (folder / "models" / "draws" / "sample.png").exists()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_codes_and_the_test_split_are_of_whole_float32(folder, monkeypatch, script):
+    seen, module = [], sys.modules[script[:-3]]
+
+    def look(function, what):
+        def looked(*args):
+            seen.append((what, torch.get_float32_matmul_precision()))
+            return function(*args)
+        return looked
+    monkeypatch.setattr(latents, "encode", look(latents.encode, "codes"))
+    monkeypatch.setattr(module, "measure", look(module.measure, "split"))
+    monkeypatch.setattr(module, "autocast_of", lambda *_: allow_tf32(True) or nullcontext)  # as on a GPU in fp32
+    torch.set_float32_matmul_precision("highest")
+    assert train(folder, script, "--num-epochs", "1", "--output-folder", f"whole-{script[:-3]}")[0] == 0
+    assert seen == [("codes", "highest")] * 3 + [("split", "high"), ("split", "highest")]
+
+
 def test_the_video_prior_rolls_out(folder, monkeypatch):
     assert train(folder, "video_prior.py", "--num-epochs", "1", "--output-folder", "rolls")[0] == 0
     code, out, err = train(folder, "video_prior.py", "--rollout", "5", "--starts", "2", "--output-folder", "rolls")
@@ -121,6 +142,11 @@ def test_the_video_prior_rolls_out(folder, monkeypatch):
         assert code == 2 and message in err and err.count("\n") == 1
     code, out, err = train(folder, "video_prior.py", "--rollout", "2", "--starts", "99", "--output-folder", "rolls")
     assert code == 0 and "places to start from, not --starts 99" in out, err
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # what was trained outside of a job is used in one
+    code, out, err = train(folder, "video_prior.py", "--rollout", "2", "--starts", "1", "--output-folder", "rolls",
+                           "--temperature", "0.5", "--seed", "3")
+    assert code == 0 and "models/rolls/rollout-recorded-temperature0.5-seed3.gif" in out, err
+    monkeypatch.delenv("SLURM_JOB_ID")
     monkeypatch.setattr(video_prior, "GIF_SIDE", 150)
     code, _, err = train(folder, "video_prior.py", "--rollout", "2", "--starts", "2", "--output-folder", "rolls")
     assert code == 2 and "--starts 2 is too many for a GIF" in err and "at most 1" in err

@@ -100,6 +100,11 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
         checkpoint.load(tmp_path / "a.pt", "vqvae")
 
 
+def test_a_lack_of_memory_is_no_damage():
+    with pytest.raises(torch.OutOfMemoryError), checkpoint.complete("last.pt"):
+        raise torch.OutOfMemoryError
+
+
 def test_digest_names_the_content(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"a"), two.write_bytes(b"a")

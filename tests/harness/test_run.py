@@ -139,8 +139,8 @@ def test_under_balance_a_fixed_metric_decides(folder):
 
 def rates(*progress, lr_schedule="cosine", warmup_steps=0, minutes=None):
     """Factors of the learning rate at (epoch, batch) of 4 epochs of 10 batches; by a clock, an epoch is a quarter."""
-    return [lr_scale(lr_schedule, warmup_steps, epoch / 4 if minutes else (10 * epoch + batch) / 40, 10 * epoch + batch,
-                     None if minutes else 40) for epoch, batch in progress]
+    return [lr_scale(lr_schedule, warmup_steps, min(1, epoch / 4 if minutes else (10 * epoch + batch) / 40),
+                     10 * epoch + batch, None if minutes else 40) for epoch, batch in progress]
 
 
 def cosine(share):
@@ -157,6 +157,9 @@ def test_the_learning_rate_at_every_kind_of_step():
     assert rates((0, 0), (2, 3), minutes=1) == pytest.approx([1, cosine(1 / 2)])
     assert rates((1, 0), (2, 0), minutes=1, warmup_steps=0.5) == pytest.approx([1 / 2, 1])
     assert rates((0, 3), (0, 4), (2, 0), minutes=1, warmup_steps=4) == pytest.approx([4 / 5, 1, cosine(1 / 2)])
+    # Past the end, in an epoch that was begun: --resume with fewer epochs.
+    assert rates((4, 0), (9, 9)) == pytest.approx([0, 0])
+    assert rates((3, 9), (4, 0), warmup_steps=40) == pytest.approx([40 / 41, 1])
 
 
 def test_an_update_takes_the_batches_that_are_due():

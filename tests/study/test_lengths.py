@@ -59,6 +59,7 @@ def test_bad_input_is_one_line(tmp_path):
         compared(tmp_path, name, 12 if name == "other" else 4, [1., 1.], **flags)
     (tmp_path / "models" / "cut" / "table.json").write_text("{}")
     compared(tmp_path, "none", 0, [1., 1.])
+    compared(tmp_path, "judged", 8, [1., 1.], judge="y")
     for name, values in (("damaged", {"mean": "x"}), ("old", "+0 [+0, +0]"),
                          ("turned", {"mean": 1, "low": 2, "high": 0})):
         compared(tmp_path, name, 4, [1., 1.])
@@ -70,7 +71,7 @@ def test_bad_input_is_one_line(tmp_path):
                          ("damaged", "does not hold all"), ("old", "does not hold all"),
                          ("turned", "lies outside 2.0 to 0.0"), ("none", "its num_epochs is 0"),
                          ("missing", "missing/table.json"), ("four again", "both of 4 epochs"),
-                         ("four other", "another k")):
+                         ("four other", "another k"), ("four judged", "their means do not compare")):
         code, _, err = call(tmp_path, "study/lengths.py", *names.split())
         assert code == 2 and words in err and err.count("\n") == 1, err
     assert not (tmp_path / "lengths.png").exists()

@@ -1,4 +1,6 @@
 """What terms say of detail that is misplaced, over what they say of detail that is gone."""
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -28,3 +30,5 @@ def test_pixel_and_structural_terms_ask_for_a_blur_and_statistics_do_not():
 def test_terms_that_grey_images_have_not_are_left_out():
     names = {row[0] for row in shift.rows(torch.rand(2, 1, 32, 32) * 2 - 1)}
     assert set(TERMS) - names == {"chroma", "coarse-chroma", "vsi"}
+    grey = (torch.randint(3, (2, 1, 32, 32)) - 1.).expand(-1, 3, -1, -1)  # stored in colour: no error of chroma
+    assert any(row[0] == "coarse-chroma" and math.isnan(row[3]) for row in shift.rows(grey))
