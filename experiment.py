@@ -29,14 +29,14 @@ ADAM_BETAS = (0.9, 0.99)  # a second moment that forgets the steep first steps: 
 
 # Recipes: sets of flags by name; `--recipe NAME` stands for them.
 _SCHEDULE = "--batch-size 64 --lr 2e-3 --lr-schedule cosine --warmup-steps 0.1 --beta 0.1 --codebook-decay 0.97 --flip"
-_MIX = "--mse-weight 0 --psnr-weight 1 --chroma-weight 1 --sharpen 0.6"
 
 RECIPES = {
     "ancestor": "--quantizer gradient --no-codebook-init --restart-below 0 --lr 2e-4 --beta 1",
     "mse": _SCHEDULE,
     "tuned-mse": f"{_SCHEDULE} --mse-weight 20",  # the best pixel loss that was found: what a mix has to beat
-    "recommended": f"{_SCHEDULE} {_MIX} --root-ssim-weight 0.4",
-    "recommended-photos": f"{_SCHEDULE} {_MIX} --root-ssim-weight 0.2 --gabor-weight 0.35 --coarse-chroma-weight 20",
+    "recommended": f"{_SCHEDULE} --mse-weight 0 --psnr-weight 1 --chroma-weight 1 --sharpen 0.6 --root-ssim-weight 0.4",
+    "recommended-photos": f"{_SCHEDULE} --mse-weight 5 --psnr-weight 1 --chroma-weight 2 --coarse-chroma-weight 40 "
+                          "--sharpen 0.6 --root-ssim-weight 0.6 --gabor-weight 1.2",
 }
 
 
