@@ -10,7 +10,7 @@ import torch
 
 import datasets
 from experiment import RECIPES
-from harness import checkpoint, cli
+from harness import checkpoint, cli, progress
 from harness.device import pick_device
 from harness.errors import UserError
 from losses import TERMS
@@ -114,7 +114,9 @@ def main():
                                                        for (name, seed), values in figures.items()]))
     print(f"picture: {tables.draw_picture(tables_folder / 'picture.png', sweep, runs, split)}")
     print(f"plot: {tables.draw_pareto(tables_folder / 'pareto.png', sweep, figures, judged)}")
-    for warning in filter(None, (no_judge(name, list(figures.values())) for name in networks)):
+    fewest = min(checkpoint.load_json(run / "results.json")["steps"] for run in runs.values())
+    for warning in filter(None, (*(no_judge(name, list(figures.values())) for name in networks),
+                                 progress.warning(fewest, "more --num-epochs"))):
         print(warning)
     if len(sweep.rates) > 1:
         print(f"curves: {tables.draw_rates(tables_folder / 'rates.png', sweep, figures, judged)}")

@@ -101,5 +101,5 @@ def plan(updates, epochs, done=0):
 def warning(updates, remedy):
     """One line where a training has so few updates that it learns little, else nothing; `remedy` is what to pass."""
     return "" if updates >= FEW_UPDATES else (
-        f"warning: {updates} updates are few: with less than about {FEW_UPDATES:,}, images stay blurry or noisy. Pass "
-        f"a smaller --batch-size, or {remedy}")
+        f"warning: {updates} updates are few: a model learns little in less than about {FEW_UPDATES:,}. Pass a smaller "
+        f"--batch-size, or {remedy}")

@@ -255,13 +255,17 @@ class Run:
 
     def log(self, values):
         """Add scalars {tag: value}, means over all processes, to the curves; show the first with the progress bar."""
+        tag, value = next(iter(self._add(values).items()))
+        self._value = f"{tag.rpartition('/')[2]} {value:.4g}"
+
+    def _add(self, values):
+        """Add scalars to the curves; their means over all processes."""
         self._raise_if_not_finite()
         values = {tag: distributed.mean(value.item() if torch.is_tensor(value) else value)
                   for tag, value in values.items()}
         if self.curves:
             self.curves.scalars(values, self._logged)
-        tag, value = next(iter(values.items()))
-        self._value = f"{tag.rpartition('/')[2]} {value:.4g}"
+        return values
 
     def log_picture(self, tag, picture):
         """Add a picture (C, H, W) in [0, 1] to the curves."""
@@ -274,7 +278,7 @@ class Run:
         TensorBoard, which sorts by name, shows the `leading` ones first. metrics.csv also has the mean training losses
         of the epoch.
         """
-        self.log({f"{FIRST * (name in leading)}valid/{name}": value for name, value in values.items()})
+        self._add({f"{FIRST * (name in leading)}valid/{name}": value for name, value in values.items()})
         row = {"epoch": self.epoch + 1, "step": self.step}
         row |= {f"train/{name}": value for name, value in self._tally.means().items()}
         row |= {f"valid/{name}": value for name, value in values.items()}

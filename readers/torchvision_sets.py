@@ -72,8 +72,8 @@ def _open(dataset_class, source, mark, **options):
     try:
         return dataset_class(source.folder, download=True, **options)
     except Exception as error:
-        raise OSError(f"{missing} and cannot be downloaded ({_one_line(error)}): download it elsewhere and pass its "
-                      "--data-folder") from error
+        raise OSError(f"{missing} and cannot be downloaded ({_one_line(error)}): let this command download it on a "
+                      "machine with a connection, then copy that folder and pass it as --data-folder") from error
 
 
 def _damaged(folder, reason, name):

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_a_sweep_trains_each_run_once_and_goes_on_where_it_stopped(folder):
         for row in csv.DictReader((sweep / f"{name}.csv").read_text().splitlines()):
             assert all(math.isfinite(float(value)) for column, value in row.items() if column not in ("loss", "cosine"))
     text = (sweep / "table.md").read_text()
+    assert re.search(r"^warning: \d+ updates are few: ", out, re.M)
     assert text in out and "| l1,ssim=0.5" in text and " ± " in text and "valid: 6 images" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert max(map(len, tables)) <= 120
