@@ -10,6 +10,7 @@ from harness import checkpoint, cli, fields, report
 from harness.device import pick_device
 from harness.errors import UserError
 from harness.folder import holds_run
+from harness.images import MADE_FOLDERS
 from modules import GatedPixelCNN, VectorQuantizedVAE
 from priors.first_stage import FirstStage, add_drawing_arguments, check_classes, check_vqvae
 from study.distances import frechet_distance
@@ -17,7 +18,7 @@ from study.estimates import over_images
 from study.judges import FEATURES, OWN_JUDGE, Judge, no_judge, open_judged, open_network, trained_through
 from study.tables import JUDGES_SAY, judged_keys, mark, mean_ratio
 
-PICTURES, ORIGINAL = 10, "original"
+PICTURES, ORIGINAL, PICTURE = 10, "original", "models.png"
 
 
 def parse_args():
@@ -77,7 +78,6 @@ def main():
 
 def evaluate_models(args, device):
     """Measure the models on one split, each against the baseline, which is the first of them."""
-    folder = checked_output(Path(args.output))
     paths = [args.baseline, *args.model] if args.baseline else args.model
     checkpoints = {path: checkpoint.load(path, "vqvae", fields.VQVAE)
                    for path in map(str, map(checkpoint.resolve, paths))}
@@ -85,6 +85,7 @@ def evaluate_models(args, device):
     names, (first, *others) = short_names(list(checkpoints)), checkpoints
     facts, baseline = checkpoints[first]["data"], names[first]
     source = datasets.Source.of(checkpoints[first], args.data_folder)
+    folder = checked_output(Path(args.output), source.folder)
     data, networks = open_judged(facts["name"], source, checkpoints, () if args.no_features else args.features, device,
                                  args.batch_size, args.num_workers)
     for path, contents in checkpoints.items():
@@ -116,7 +117,7 @@ def evaluate_models(args, device):
     judges_fail = filter(None, (no_judge(name, list(results.values())) for name in networks))
     for line in (*warnings_of(results), *judges_fail):
         print(f"\nwarning: {line}")
-    print(f"\npicture: {report.save_picture(folder / 'models.png', report.with_middles(pictures))}")
+    print(f"\npicture: {report.save_picture(folder / PICTURE, report.with_middles(pictures))}")
 
 
 def warn_of_learned(data, path, contents):
@@ -127,15 +128,20 @@ def warn_of_learned(data, path, contents):
               "figures are too good")
 
 
-def checked_output(folder):
-    """The folder that results go to. UserError where they would replace something else."""
+def checked_output(folder, data):
+    """The folder that results go to. UserError where they would replace something else, or lie among the data."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is no folder: name another")
     if holds_run(folder):
         raise UserError(f"--output {folder} is a run's folder, whose results.json would be replaced: name another")
     file = folder / "results.json"
     if file.exists() and "setting" not in checkpoint.load_json(file):
         raise UserError(f"{file} is of no evaluation and would be replaced: name another --output")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is no folder: name another")
+    if (folder / PICTURE).exists() and not file.exists():
+        raise UserError(f"{folder / PICTURE} is of no evaluation and would be replaced: name another --output")
+    if folder.resolve().is_relative_to(Path(data).resolve()) and folder.parts[:1] not in [(n,) for n in MADE_FOLDERS]:
+        raise UserError(f"--output {folder} lies in the data folder {data}, where its picture would become data: name "
+                        "another")
     return folder
 
 

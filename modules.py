@@ -121,8 +121,8 @@ class VectorQuantizedVAE(Rebuilt, nn.Module):
         """Raise UserError unless both sides (H, W) divide by the downsampling."""
         if any(side % downsample for side in size):
             nearest = "x".join(str(max(downsample, side // downsample * downsample)) for side in size)
-            raise UserError(f"images are {size[0]}x{size[1]} but both sides must divide by {downsample}: pass "
-                            f"--image-size {nearest}")
+            raise UserError(f"images are {size[0]}x{size[1]} but both sides must divide by {downsample}: crop "
+                            f"or resize them, say with --image-size {nearest}")
 
     def freeze_codes(self, checkpoint):
         """Take encoder and codebook from another model's checkpoint contents, and learn the decoder alone.

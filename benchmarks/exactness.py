@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from harness import cli
 from kernels.nearest import nearest, triton_nearest
 
 MARGIN = 1e-6  # of the least squared distance: a code that is farther by more is wrong
@@ -45,6 +46,7 @@ def search_errors(search, count, codes, width, device, dtype=torch.float32):
 
 
 def main():
+    cli.Parser(description=__doc__.splitlines()[0]).parse_args()
     if not torch.cuda.is_available():
         sys.exit("a GPU is needed: the search on a CPU is tested against brute force by the tests")
     device = torch.device("cuda")

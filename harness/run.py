@@ -86,7 +86,7 @@ class Run:
             self.batch = done // (args.batch_size * distributed.world_size())
             self.batch -= self.batch % args.accumulate
         checkpoint.restore(self.state, self.resumed)
-        if self.step >= args.accumulate and not self.state["optimizer"].state:
+        if self.step >= args.accumulate and not args.minutes and not self.state["optimizer"].state:
             raise TypeError("its optimizer has no state")
         checkpoint.set_random_state(self.resumed["random"])
         print(f"resuming {self.models / 'last.pt'} at epoch {self.epoch + 1}, step {self.step}")

@@ -13,6 +13,7 @@ import torch
 
 import datasets
 from harness import cli, report
+from harness.errors import UserError
 from losses import TERMS, sharpened
 from study.measuring import terms_for
 
@@ -26,6 +27,8 @@ def main():
     parser.add_argument("--image-size", type=cli.image_size, default=(64, 64), metavar="N|HxW",
                         help="resize and center-crop the images (default 64)")
     args = parser.parse_args()
+    if min(args.image_size) < 2:
+        raise UserError("an image of one pixel has no detail to shift: pass a larger --image-size")
     name = "folder" if args.images else datasets.BUILT_IN
     data = datasets.load(name, datasets.Source(args.images or "data", args.image_size), BATCH)
     x = data.valid.examples(IMAGES)

@@ -28,7 +28,8 @@ def unit(x):
 def check_sides(term, x, least):
     """Raise UserError where a side of images x is smaller than a term needs."""
     if min(x.shape[2:]) < least:
-        raise UserError(f"{term} needs sides of at least {least} pixels, got {x.shape[2]}x{x.shape[3]}")
+        raise UserError(f"{term} needs sides of at least {least} pixels, got {x.shape[2]}x{x.shape[3]}: take larger "
+                        "images, or leave it out")
 
 
 def halved(x):

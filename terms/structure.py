@@ -129,6 +129,7 @@ def gmsd(x_tilde, x):
 
     A deviation, not a mean: an image that is equally wrong everywhere scores 0, so it needs a pixel term with it.
     """
+    check_sides("gmsd", x, 2)
     return _gmsd(halved(luma_of(unit(x_tilde))), halved(luma_of(unit(x)))).mean()
 
 
@@ -140,6 +141,7 @@ def ms_gmsd(x_tilde, x):
 
     Scales with a side under 3 pixels are left out and the weights renormalised.
     """
+    check_sides("ms-gmsd", x, 3)
     luma_tilde, luma, total, weights = luma_of(unit(x_tilde)), luma_of(unit(x)), 0., 0.
     for scale, weight in enumerate(MS_GMSD_WEIGHTS):
         if scale:

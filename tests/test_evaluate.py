@@ -142,9 +142,17 @@ def test_a_judge_that_a_model_was_trained_through_is_marked(folder):
 
 
 def test_what_cannot_be_evaluated_is_one_line(folder, monkeypatch):
+    (folder / "file").touch()
     code, out, err = call(folder, "evaluate.py", "--model", "models/a", "--no-features", "--device", "cpu", "--output",
-                          "images/0.png/there")
-    assert code == 2 and "images/0.png" in err and err.count("\n") == 1 and "| a " in out  # what was measured
+                          "file/there")
+    assert code == 2 and "file" in err and err.count("\n") == 1 and "| a " in out  # what was measured
+    (folder / "mine").mkdir()
+    (folder / "mine/models.png").touch()
+    for output, says in (("images", "lies in the data folder"), ("images/new", "lies in the data folder"),
+                         ("mine", "is of no evaluation")):
+        code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--no-features", "--output", output)
+        assert code == 2 and says in err and err.count("\n") == 1
+    assert not (folder / "images/models.png").exists() and not (folder / "mine/models.png").stat().st_size
     code, _, err = call(folder, "evaluate.py", "--model", "models/a", "--features", "classifier", "--device", "cpu")
     assert code == 2 and "at least two classes, this one has none" in err
 
