@@ -42,11 +42,13 @@ def curve(folder, name, tag):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def assert_same_curves(folder, *tags):
-    """Training losses of the runs "one" and "two", step by step."""
-    for tag in tags:
-        for (step, a), (of, b) in zip(curve(folder, "one", tag), curve(folder, "two", tag), strict=True):
-            assert of == step and b == pytest.approx(a, rel=2e-3 if step else 1e-5), (tag, step)
+def assert_same_curves(folder):
+    """Losses of the runs "one" and "two", step by step."""
+    for tag in ("loss/train/reconstruction", "loss/train/quantization", "1_valid/psnr", "term/ssim/weighted"):
+        one, two = curve(folder, "one", tag), curve(folder, "two", tag)
+        assert len(one) > 1 and [step for step, _ in one] == [step for step, _ in two]
+        for (step, a), (_, b) in zip(one, two):
+            assert b == pytest.approx(a, rel=2e-3 if step else 1e-5), (tag, step)
 
 
 def until(process, line_start):
@@ -137,17 +139,19 @@ def test_reductions_batch_norm_and_codebook_are_those_of_one_process():
 # --- the scripts
 
 def test_two_processes_train_as_one_on_batches_twice_as_large(folder):
-    flags = ("--num-epochs", "2", "--l1-weight", "1", "--ssim-weight", "0.5", "--lr", "2e-3")
+    # Biases before a batch norm have no gradient but rounding, which Adam enlarges to the learning rate. Running means
+    # lag behind them, so that validation of the two differs by more, the higher the rate.
+    flags = ("--num-epochs", "2", "--l1-weight", "1", "--ssim-weight", "0.5", "--lr", "2e-4")
     out = finish(start_two(folder, "vqvae.py", *SMALL, *flags, "--batch-size", "8", "--output-folder", "two"))
     assert out.count("epoch 2/2") == 1  # one of them speaks
     code, _, err = call(folder, "vqvae.py", *SMALL, *flags, "--batch-size", "16", "--output-folder", "one")
     assert code == 0, err
-    assert_same_curves(folder, "loss/train/reconstruction", "loss/train/quantization", "term/ssim/weighted")
+    assert_same_curves(folder)
     one, two = (checkpoint.load(folder / "models" / name / "last.pt", "vqvae") for name in ("one", "two"))
     torch.testing.assert_close(two["model"]["codebook.embedding.weight"], one["model"]["codebook.embedding.weight"],
                                rtol=1e-2, atol=1e-2)
     results = [json.loads((folder / "models" / name / "results.json").read_text()) for name in ("one", "two")]
-    for name in ("psnr", "quantization"):  # biases before a batch norm follow rounding; its running means lag behind
+    for name in ("psnr", "quantization"):
         assert results[1][name] == pytest.approx(results[0][name], rel=1e-2), name
 
     # Another number of processes goes on with the same batches.
@@ -157,8 +161,8 @@ def test_two_processes_train_as_one_on_batches_twice_as_large(folder):
         assert code == 0, err
     one, two = (checkpoint.load(folder / "models" / name / "last.pt", "vqvae") for name in ("one", "two"))
     assert one["counters"]["step"] == two["counters"]["step"] == 9
-    assert_same_curves(folder, "loss/train/reconstruction", "loss/train/quantization", "term/ssim/weighted")
-    assert two["best"] == pytest.approx(one["best"], rel=1e-2)
+    assert_same_curves(folder)
+    assert two["best"] == pytest.approx(one["best"], rel=2e-3)
 
 
 def test_fewer_images_than_processes_are_refused_before_anything_is_written(tmp_path):
