@@ -5,6 +5,8 @@ import torch
 
 from harness import device
 
+CHUNK = 2 ** 17  # values that a CPU works on at a time, so that all that comes of them stays in its cache
+
 
 def fits_triton(*tensors):
     """Whether a kernel written in Triton takes these tensors."""

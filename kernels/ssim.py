@@ -1,15 +1,17 @@
-"""SSIM (Wang et al. 2004) of images and its gradient in closed form: matrix products on a CPU, Triton on a GPU.
+"""SSIM (Wang et al. 2004) of images and its gradient in closed form: on a CPU a few planes at a time, Triton on a GPU.
 
 SSIM is the product of two maps, luminance and contrast-structure, of means under a Gaussian window. `window` is its odd
 number of pixels, no more than a side of the images, and `sigma` its standard deviation in pixels.
 """
-import torch
+import math
 
-from kernels.backend import exact_products, fits_triton
+import torch
+import torch.nn.functional as F
+
+from kernels.backend import CHUNK, fits_triton
 
 C1, C2 = 0.01 ** 2, 0.03 ** 2
 ROOT_EPS = 1e-4
-TILE = 64  # pixels of a filter's output that come out of one matrix product
 
 
 def mean_ssim(x_tilde, x, window, sigma, root=False):
@@ -18,11 +20,7 @@ def mean_ssim(x_tilde, x, window, sigma, root=False):
     Returns:
         A scalar, differentiable once, in x_tilde alone.
     """
-    if _fits_triton(x_tilde, x):
-        return _mean(x_tilde, x, window, sigma, root)[0]
-    luminance, structure = ssim_maps(x_tilde, x, window, sigma)
-    value = luminance * structure
-    return ((1 - value).clamp(min=0) + ROOT_EPS).sqrt().mean() if root else value.mean()
+    return _mean(x_tilde, x, window, sigma, root)[0]
 
 
 def ssim_maps(x_tilde, x, window, sigma):
@@ -44,12 +42,26 @@ def _fits_triton(x_tilde, x):
     return fits_triton(x_tilde, x) and x_tilde.dtype == x.dtype == torch.float32
 
 
-# --- the mean on a GPU: value and gradient at once
+# --- the mean: value and gradient at once
 
 @torch.library.custom_op("kernels::mean_ssim", mutates_args=())
 def _mean(x_tilde: torch.Tensor, x: torch.Tensor, window: int, sigma: float,
           root: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return triton_ssim(x_tilde, x, window, sigma, root)
+    if _fits_triton(x_tilde, x):
+        return triton_ssim(x_tilde, x, window, sigma, root)
+    taps, total, gradients = _gaussian(window, sigma), 0., []
+    count = x[0, 0, window - 1:, window - 1:].numel() * x.shape[0] * x.shape[1]
+    for part_tilde, part in _chunks(x_tilde, x):
+        luminance, structure, *kept = _plane_maps(part_tilde, part, taps)
+        value, slope = luminance * structure, 1 / count
+        if root:
+            below_one = value < 1
+            value = (1 - value).clamp_(min=0).add_(ROOT_EPS).sqrt_()
+            slope = torch.div(below_one, value).mul_(-0.5 / count)
+        total = total + value.sum()
+        gradients.append(_plane_gradient(structure * slope, luminance * slope, luminance, structure, *kept, part_tilde,
+                                         part, taps))
+    return total / count, torch.cat(gradients).view(x.shape)
 
 
 @_mean.register_fake
@@ -64,8 +76,7 @@ def _keep_gradient(ctx, inputs, output):
 
 
 def _mean_backward(ctx, grad_value, _):
-    gradient, = ctx.saved_tensors
-    return grad_value * gradient, None, None, None, None
+    return None if grad_value is None else grad_value * ctx.saved_tensors[0], None, None, None, None
 
 
 _mean.register_autograd(_mean_backward, setup_context=_keep_gradient)
@@ -76,18 +87,14 @@ _mean.register_autograd(_mean_backward, setup_context=_keep_gradient)
 @torch.library.custom_op("kernels::ssim_maps", mutates_args=())
 def _maps(x_tilde: torch.Tensor, x: torch.Tensor, window: int,
           sigma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The two maps, and what the backward needs: the rows filtered on a GPU, the means and denominators on a CPU."""
+    """The two maps, and what the backward needs: the rows filtered on a GPU, the means and divisors on a CPU."""
     if _fits_triton(x_tilde, x):
         from kernels import ssim_triton
         return ssim_triton.maps(x_tilde, x, window, sigma)
-    x_tilde, x = x_tilde.contiguous(), x.contiguous()
-    kept = _filtered((x_tilde, x, torch.addcmul(x_tilde.square(), x, x), x_tilde * x), _gaussian_band(window, sigma, x))
-    mean_tilde, mean, squares, product = kept
-    mean_product, mean_squares = mean_tilde * mean, torch.addcmul(mean_tilde.square(), mean, mean)
-    squares.sub_(mean_squares).add_(C2)
-    structure = product.sub(mean_product).mul_(2).add_(C2).div_(squares)
-    torch.add(mean_squares, C1, out=product)
-    return mean_product.mul_(2).add_(C1).div_(product), structure, kept
+    taps = _gaussian(window, sigma)
+    parts = [_plane_maps(*planes, taps) for planes in _chunks(x_tilde, x)]
+    luminance, structure, *kept = (torch.cat(part).unflatten(0, x.shape[:2]) for part in zip(*parts))
+    return luminance, structure, torch.stack(kept)
 
 
 @_maps.register_fake
@@ -105,14 +112,10 @@ def _maps_gradient(grad_luminance: torch.Tensor, grad_structure: torch.Tensor, l
     if _fits_triton(x_tilde, x):
         from kernels import ssim_triton
         return ssim_triton.maps_gradient(grad_luminance, grad_structure, kept, x_tilde, x, window, sigma)
-    mean_tilde, mean, below_structure, below_luminance = kept
-    grad_luminance, grad_structure = grad_luminance / below_luminance, grad_structure / below_structure
-    # Halves of the gradients of the mean, of the product and of the squares of x_tilde.
-    grad_mean = torch.addcmul(mean, luminance, mean_tilde, value=-1).mul_(grad_luminance)
-    grad_mean.sub_(torch.addcmul(mean, structure, mean_tilde, value=-1).mul_(grad_structure))
-    of_mean, of_product, of_squares = _filtered(
-        (grad_mean, grad_structure, grad_structure * structure), _gaussian_band(window, sigma, x), window - 1)
-    return of_mean.addcmul_(of_product, x).addcmul_(of_squares, x_tilde, value=-1).mul_(2)
+    taps = _gaussian(window, sigma)
+    parts = [_plane_gradient(*planes, taps) for planes in _chunks(
+        grad_luminance, grad_structure, luminance, structure, *kept, x_tilde, x)]
+    return torch.cat(parts).view(x.shape)
 
 
 @_maps_gradient.register_fake
@@ -136,44 +139,71 @@ def _maps_backward(ctx, grad_luminance, grad_structure, _):
 _maps.register_autograd(_maps_backward, setup_context=_keep_maps)
 
 
-# --- Gaussian filters as matrix products
+# --- planes on a CPU
 
-def _gaussian_band(window, sigma, like):
-    """(TILE + window - 1, TILE) matrix whose product with a row filters it by a Gaussian window."""
-    taps = torch.arange(window, dtype=like.dtype, device=like.device) - window // 2
-    taps = torch.exp(-taps.square() / (2 * sigma ** 2))
-    columns = torch.arange(TILE, device=like.device).expand(window, -1)
-    rows = columns + torch.arange(window, device=like.device).unsqueeze(1)
-    band = torch.zeros(TILE + window - 1, TILE, dtype=like.dtype, device=like.device)
-    return band.index_put_((rows, columns), (taps / taps.sum()).unsqueeze(1))
-
-
-@exact_products()  # a variance is the small difference of two of them
-def _filtered(images, band, padding=0):
-    """Both axes of each of images (B, C, H, W) filtered by a band, after zeros on all sides: window - 1 shorter each.
-
-    Matrix products of `TILE` outputs at a time: a matrix for the whole side would be zeros nearly everywhere. On a CPU
-    they take 8 ms where `F.conv2d` on rows and columns takes 26 (128 images of 32x32, 11 pixels, and their gradient).
+def _chunks(*images):
+    """Planes (N, H, W) of each of images (B, C, H, W), so many at a time that the last have `CHUNK` pixels; all at once
+    on any other device.
     """
-    window = band.shape[0] - TILE + 1
-    (batch, channels, height, width), shorter = images[0].shape, window - 1 - 2 * padding
-    columns = list(_tiles(band, window, padding, width))
-    rows = [(out, inputs, weight.t().expand(batch * channels, -1, -1))
-            for out, inputs, weight in _tiles(band, window, padding, height)]
-    results = images[0].new_empty(len(images), batch * channels, height - shorter, width - shorter)
-    across = images[0].new_empty(batch * channels, height, width - shorter)
-    for x, result in zip(images, results):
-        for out, inputs, weight in columns:
-            torch.mm(x.reshape(-1, width)[:, inputs], weight, out=across.view(-1, width - shorter)[:, out])
-        for out, inputs, weight in rows:
-            torch.bmm(weight, across[:, inputs], out=result[:, out])
-    return results.unflatten(1, (batch, channels))
+    planes = [image.contiguous().flatten(0, 1) for image in images]
+    count = max(1, CHUNK // planes[-1][0].numel()) if planes[-1].device.type == "cpu" else len(planes[-1])
+    return zip(*(plane.split(count) for plane in planes))
 
 
-def _tiles(band, window, padding, side):
-    """Slices of the outputs and of the inputs of each tile of a side, and the part of the band between them."""
-    length = side + 2 * padding - window + 1
-    for first in range(0, length, TILE):
-        count, start = min(TILE, length - first), first - padding
-        inputs = slice(max(start, 0), min(start + count + window - 1, side))
-        yield slice(first, first + count), inputs, band[inputs.start - start:inputs.stop - start, :count]
+def _plane_maps(x_tilde, x, taps):
+    """Luminance and structure of planes, the means of both, and what structure and luminance were divided by."""
+    mean_tilde, mean, squares, product = (
+        _filtered(planes, taps) for planes in (x_tilde, x, torch.addcmul(x_tilde.square(), x, x), x_tilde * x))
+    mean_product, mean_squares = mean_tilde * mean, torch.addcmul(mean_tilde.square(), mean, mean)
+    squares.sub_(mean_squares).add_(C2)
+    structure = product.sub_(mean_product).mul_(2).add_(C2).div_(squares)
+    mean_squares.add_(C1)
+    return mean_product.mul_(2).add_(C1).div_(mean_squares), structure, mean_tilde, mean, squares, mean_squares
+
+
+def _plane_gradient(grad_luminance, grad_structure, luminance, structure, mean_tilde, mean, below_structure,
+                    below_luminance, x_tilde, x, taps):
+    """The gradient in planes x_tilde, given those in the two maps of `_plane_maps`."""
+    grad_luminance, grad_structure = grad_luminance / below_luminance, grad_structure / below_structure
+    # Halves of the gradients of the mean, of the product and of the squares of x_tilde.
+    grad_mean = torch.addcmul(mean, luminance, mean_tilde, value=-1).mul_(grad_luminance)
+    grad_mean.sub_(torch.addcmul(mean, structure, mean_tilde, value=-1).mul_(grad_structure))
+    of_mean, of_product, of_squares = (
+        _spread(planes, taps) for planes in (grad_mean, grad_structure, grad_structure * structure))
+    return of_mean.addcmul_(of_product, x).addcmul_(of_squares, x_tilde, value=-1).mul_(2)
+
+
+def _gaussian(window, sigma):
+    """The middle weight of a Gaussian window and those to one side of it."""
+    taps = [math.exp(-distance ** 2 / (2 * sigma ** 2)) for distance in range(window // 2 + 1)]
+    return [tap / (2 * sum(taps) - taps[0]) for tap in taps]
+
+
+def _filtered(planes, taps):
+    """Both axes of planes (N, H, W) filtered by a window: window - 1 shorter each."""
+    (count, height, width), rest = planes.shape, 2 * (len(taps) - 1)
+    row = _filtered_row(planes.reshape(-1), width, taps)  # windows that reach over an edge are left out
+    return row.as_strided((count, height - rest, width - rest), (height * width, width, 1)).contiguous()
+
+
+def _spread(planes, taps):
+    """The transpose of `_filtered`: each axis is window - 1 longer."""
+    rest = 2 * (len(taps) - 1)
+    padded = F.pad(planes, (0, rest, 0, rest))  # the zeros behind one line, or plane, lie before the next one
+    row = F.pad(padded.view(-1), (rest * (padded.shape[2] + 1), 0))
+    return _filtered_row(row, padded.shape[2], taps).view_as(padded)
+
+
+def _filtered_row(row, width, taps):
+    """Planes in one long row, filtered along both axes by adding shifted copies, which are fast where they lie in a
+    cache: (window - 1)(width + 1) shorter.
+    """
+    for step in (1, width):
+        middle = (len(taps) - 1) * step
+        length = len(row) - 2 * middle
+        total = row[middle:][:length] * taps[0]
+        for distance, tap in enumerate(taps[1:], 1):
+            total.add_(row[middle - distance * step:][:length], alpha=tap)
+            total.add_(row[middle + distance * step:][:length], alpha=tap)
+        row = total
+    return row

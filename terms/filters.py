@@ -3,8 +3,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from kernels.backend import CHUNK
 from terms.images import Row, check_sides, halved, luma_of, unit
 
 SIDE, WAVELENGTH, SIGMA = 7, 4., 1.8  # of the filters, in pixels
@@ -26,19 +26,21 @@ def gabor(x_tilde, x):
     luma_tilde, luma, total, scales = luma_of(unit(x_tilde)), luma_of(unit(x)), 0., 0
     filters = _in_blocks(_filters(luma))
     while scales < SCALES and min(luma.shape[2:]) > SIDE:
-        distances = _Distance.apply(_responses(luma_tilde, filters), _responses(luma, filters))
-        distances = F.pixel_shuffle(distances, 2)[:, 0, :luma.shape[2], :luma.shape[3]]  # odd sides lie in a wider grid
-        total = total + distances.mean()
+        total = total + _distance(_blocks(luma_tilde), _blocks(luma), filters, _shares(luma))[0]
         luma_tilde, luma, scales = halved(luma_tilde), halved(luma), scales + 1
     return total / scales
 
 
-def _responses(luma, filters):
-    """(B, 4, filters, ⌈H/2⌉, ⌈W/2⌉) of luma (B, 1, H, W): those of the four pixels of each 2x2 block."""
-    # A convolution of ten bits (TF32) would do: equal images have equal responses, however they are rounded.
+def _blocks(luma):
+    """(B, 4, ⌈H/2⌉ + 3, ⌈W/2⌉ + 3) of luma (B, 1, H, W): its blocks of 2x2 pixels, with a margin that filters reach."""
     (height, width), pad = luma.shape[2:], SIDE // 2
-    luma = F.pad(luma, (pad, pad + width % 2, pad, pad + height % 2), mode="reflect")
-    return F.conv2d(F.pixel_unshuffle(luma, 2), filters).unflatten(1, (4, -1))
+    return F.pixel_unshuffle(F.pad(luma, (pad, pad + width % 2, pad, pad + height % 2), mode="reflect"), 2)
+
+
+def _shares(luma):
+    """(1, 4, ⌈H/2⌉, ⌈W/2⌉): the share of each pixel of each block in a mean; 0 of those beyond an odd side."""
+    (height, width), shares = luma.shape[2:], torch.full_like(luma[:1], 1 / luma.numel())
+    return F.pixel_unshuffle(F.pad(shares, (0, width % 2, 0, height % 2)), 2)
 
 
 def _in_blocks(filters):
@@ -49,28 +51,65 @@ def _in_blocks(filters):
     return F.pixel_unshuffle(torch.cat([F.pad(filters, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]), 2)
 
 
-class _Distance(torch.autograd.Function):
-    """Squared distance of normalised responses a and b, expanded: |a|^2 + |b|^2 - 2 a.b, to about 1e-7.
-
-    Positive parts meet positive ones alone, and negative ones negative: of the products in a.b those above 0 count.
-    The gradient, in a alone, is written out: on a CPU that of autograd takes twice as long.
+@torch.library.custom_op("terms::gabor_distance", mutates_args=())
+def _distance(blocks_tilde: torch.Tensor, blocks: torch.Tensor, filters: torch.Tensor,
+              shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared distance of the normalised responses of filters to the `_blocks` of two images, and its gradient in
+    the first: on a CPU of a few images at a time, so that all values stay in its cache.
     """
+    responses = len(filters) * shares[0, 0].numel()  # of an image
+    count = max(1, CHUNK // responses) if blocks.device.type == "cpu" else len(blocks)
+    distances, gradients = zip(*(_part_distance(*parts, filters, shares) for parts in zip(
+        blocks_tilde.split(count), blocks.split(count))))
+    return torch.stack(distances).sum(), torch.cat(gradients).contiguous()
 
-    @staticmethod
-    def forward(ctx, a, b):
-        square_a, square_b, product = a.square().sum(2), b.square().sum(2), (a * b).clamp_(min=0).sum(2)
-        floored_a, floored_b = square_a + FLOOR ** 2, square_b + FLOOR ** 2
-        scale = (floored_a * floored_b).rsqrt()
-        ctx.save_for_backward(a, b, floored_a, product * scale, scale)
-        return square_a / floored_a + square_b / floored_b - 2 * product * scale
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        a, b, floored_a, cosine, scale = ctx.saved_tensors
-        of_a, of_b = 2 * grad * (cosine + FLOOR ** 2 / floored_a) / floored_a, -2 * grad * scale
-        same_sign = torch.where(a * b >= 0, b, 0)
-        return same_sign.mul_(of_b.unsqueeze(2)).addcmul_(a, of_a.unsqueeze(2)), None
+@_distance.register_fake
+def _(blocks_tilde, blocks, filters, shares):
+    return blocks.new_empty(()), blocks.new_empty(blocks.shape)
+
+
+def _keep_gradient(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _distance_backward(ctx, grad, _):
+    return None if grad is None else grad * ctx.saved_tensors[0], None, None, None
+
+
+_distance.register_autograd(_distance_backward, setup_context=_keep_gradient)
+
+
+def _part_distance(blocks_tilde, blocks, filters, shares):
+    """Value and gradient of `_distance` for a few images.
+
+    The distance is expanded, |a|^2 + |b|^2 - 2 a.b, to about 1e-7. Positive parts meet positive ones alone, and
+    negative ones negative: of the products in a.b those above 0 count.
+    """
+    a, b = (_responses(part, filters) for part in (blocks_tilde, blocks))
+    shares = shares.expand(len(blocks), -1, -1, -1).transpose(0, 1).reshape(4, 1, -1)
+    product = a * b
+    same_sign = b * (product >= 0)
+    square_a, square_b, product = (values.sum(1, keepdim=True) for values in (
+        a.square(), b.square(), product.clamp_(min=0)))
+    floored_a, floored_b = square_a + FLOOR ** 2, square_b + FLOOR ** 2
+    scale = (floored_a * floored_b).rsqrt()
+    cosine = product * scale
+    distance = ((square_a / floored_a + square_b / floored_b - 2 * cosine) * shares).sum()
+    of_a, of_b = 2 * shares * (cosine + FLOOR ** 2 / floored_a) / floored_a, -2 * shares * scale
+    gradient = same_sign.mul_(of_b).addcmul_(a, of_a).flatten(0, 1).t().contiguous()
+    sides = (side - SIDE // 2 for side in blocks.shape[2:])
+    return distance, F.conv_transpose2d(gradient.view(len(blocks), *sides, -1).permute(0, 3, 1, 2), filters)
+
+
+def _responses(blocks, filters):
+    """(4, filters, positions): those of the four pixels of each block."""
+    # A CPU is fastest if a convolution sees channels last, and all that follows sees them first. Ten bits (TF32) would
+    # do: equal images have equal responses, however they are rounded.
+    found = F.conv2d(blocks.contiguous(memory_format=torch.channels_last), filters).permute(0, 2, 3, 1)
+    return found.reshape(-1, len(filters)).t().contiguous().unflatten(0, (4, -1))
 
 
 def _filters(like):

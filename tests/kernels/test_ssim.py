@@ -58,6 +58,17 @@ def test_the_value_and_gradient_on_a_cpu(size, window, sigma, root):
     check((value, torch.autograd.grad(value, x_tilde)[0]), expected(size, window, sigma, root))
 
 
+@pytest.mark.parametrize("chunk", [1, 2 * 13 * 20])
+def test_planes_are_worked_on_a_few_at_a_time(monkeypatch, chunk):
+    monkeypatch.setattr(ssim, "CHUNK", chunk)
+    size, window, sigma = (2, 3, 13, 20), 5, 1.
+    x_tilde, x = pair(size, torch.float64)
+    value = ssim.mean_ssim(x_tilde, x, window, sigma)
+    check((value, torch.autograd.grad(value, x_tilde)[0]), expected(size, window, sigma, root=False))
+    for found, wanted in zip(ssim.ssim_maps(x_tilde, x, window, sigma), defined_maps(x_tilde, x, window, sigma)):
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("size, window, sigma", SIZES)
 def test_each_map_has_its_gradient(size, window, sigma):
     maps = ssim.ssim_maps(*pair(size), window, sigma)
@@ -123,6 +134,7 @@ def test_the_kernels_compile_for_a_gpu_without_spills(kernel, choice, architectu
 
 def test_the_operators_are_sound():
     x_tilde, x = pair((1, 2, 14, 13))
+    torch.library.opcheck(ssim._mean, (x_tilde, x, 11, 1.5, True))
     torch.library.opcheck(ssim._maps, (x_tilde, x, 11, 1.5))
     luminance, structure, kept = (part.detach() for part in ssim._maps(x_tilde, x, 11, 1.5))
     torch.library.opcheck(ssim._maps_gradient, (

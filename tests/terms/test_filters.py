@@ -7,6 +7,7 @@ from skimage import data
 
 from harness.errors import UserError
 from losses import TERMS
+from terms import filters
 
 
 def responses(luma):
@@ -43,6 +44,26 @@ def test_gradient_of_gabor_is_that_of_its_value(shape):
     generator = torch.Generator().manual_seed(0)
     y, x = torch.rand(2, *shape, generator=generator, dtype=torch.float64) * 2 - 1
     assert torch.autograd.gradcheck(lambda y: TERMS["gabor"](y, x), y.requires_grad_())
+
+
+def test_its_operator_is_sound():
+    blocks = filters._blocks(torch.rand(2, 1, 9, 16))
+    torch.library.opcheck(filters._distance, (
+        blocks.clone().requires_grad_(), blocks + 0.1, filters._in_blocks(filters._filters(blocks)),
+        filters._shares(torch.rand(2, 1, 9, 16))))
+
+
+def test_images_are_worked_on_a_few_at_a_time(monkeypatch):
+    y, x = torch.rand(2, 5, 1, 12, 15, dtype=torch.float64) * 2 - 1
+    values, gradients = [], []
+    for most in (filters.CHUNK, 2 * 32 * 6 * 8, 1):
+        monkeypatch.setattr(filters, "CHUNK", most)
+        value = TERMS["gabor"](y.requires_grad_(), x)
+        values.append(value.detach())
+        gradients += torch.autograd.grad(value, y)
+    for found in (values, gradients):
+        torch.testing.assert_close(found[1], found[0])
+        torch.testing.assert_close(found[2], found[0])
 
 
 def test_gabor_needs_room_for_a_filter():
