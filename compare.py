@@ -114,7 +114,8 @@ def main():
                                                        for (name, seed), values in figures.items()]))
     print(f"picture: {tables.draw_picture(tables_folder / 'picture.png', sweep, runs, split)}")
     print(f"plot: {tables.draw_pareto(tables_folder / 'pareto.png', sweep, figures, judged)}")
-    fewest = min(checkpoint.load_json(run / "results.json")["steps"] for run in runs.values())
+    fewest = min(checkpoint.load_json(run / "results.json")["steps"]
+                 // checkpoint.load_json(run / "args.json").get("accumulate", 1) for run in runs.values())
     for warning in filter(None, (*(no_judge(name, list(figures.values())) for name in networks),
                                  progress.warning(fewest, "more --num-epochs"))):
         print(warning)

@@ -5,12 +5,21 @@ import torch
 
 from harness import device
 
-CHUNK = 2 ** 17  # values that a CPU works on at a time, so that all that comes of them stays in its cache
+CACHED = 2 ** 17  # values that a core works on at a time, so that all that comes of them stays in its cache
 
 
 def fits_triton(*tensors):
     """Whether a kernel written in Triton takes these tensors."""
     return device.has_triton and all(x.is_cuda and x.dtype != torch.float64 for x in tensors)
+
+
+def in_parts(*tensors, values):
+    """Parts of tensors along their first axis, of the same rows: on a CPU so few that they fit its caches, with so many
+    `values` a row; elsewhere all.
+    """
+    on_cpu = tensors[0].device.type == "cpu"
+    rows = max(1, CACHED * torch.get_num_threads() // values) if on_cpu else len(tensors[0])
+    return zip(*(tensor.split(rows) for tensor in tensors))
 
 
 @contextmanager

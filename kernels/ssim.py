@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import CHUNK, fits_triton
+from kernels.backend import fits_triton, in_parts
 
 C1, C2 = 0.01 ** 2, 0.03 ** 2
 ROOT_EPS = 1e-4
@@ -142,12 +142,8 @@ _maps.register_autograd(_maps_backward, setup_context=_keep_maps)
 # --- planes on a CPU
 
 def _chunks(*images):
-    """Planes (N, H, W) of each of images (B, C, H, W), so many at a time that the last have `CHUNK` pixels; all at once
-    on any other device.
-    """
-    planes = [image.contiguous().flatten(0, 1) for image in images]
-    count = max(1, CHUNK // planes[-1][0].numel()) if planes[-1].device.type == "cpu" else len(planes[-1])
-    return zip(*(plane.split(count) for plane in planes))
+    """Planes (N, H, W) of each of images (B, C, H, W), a few at a time on a CPU."""
+    return in_parts(*(image.contiguous().flatten(0, 1) for image in images), values=images[-1][0, 0].numel())
 
 
 def _plane_maps(x_tilde, x, taps):

@@ -181,7 +181,11 @@ def train(run, command, threads):
         raise RuntimeError(f"{run} failed:\n{errors}")
     if process.returncode:
         lines = errors.strip().splitlines() or ["training failed"]
-        raise UserError(f"{run}: {next((line for line in lines if ': error: ' in line), lines[-1])}")
+        reason = next((line for line in lines if ": error: " in line), lines[-1])
+        if "not finite" in reason:  # its own advice is for a single run
+            reason = ("training diverged, values were not finite: give the mix a lower rate (say lr=5e-4 in it), or "
+                      "leave it out; the command then goes on with the others")
+        raise UserError(f"{run}: {reason}")
 
 
 def end_with(parent):

@@ -4,7 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import CHUNK
+from kernels.backend import in_parts
 from terms.images import Row, check_sides, halved, luma_of, unit
 
 SIDE, WAVELENGTH, SIGMA = 7, 4., 1.8  # of the filters, in pixels
@@ -57,10 +57,8 @@ def _distance(blocks_tilde: torch.Tensor, blocks: torch.Tensor, filters: torch.T
     """Mean squared distance of the normalised responses of filters to the `_blocks` of two images, and its gradient in
     the first: on a CPU of a few images at a time, so that all values stay in its cache.
     """
-    responses = len(filters) * shares[0, 0].numel()  # of an image
-    count = max(1, CHUNK // responses) if blocks.device.type == "cpu" else len(blocks)
-    distances, gradients = zip(*(_part_distance(*parts, filters, shares) for parts in zip(
-        blocks_tilde.split(count), blocks.split(count))))
+    distances, gradients = zip(*(_part_distance(*part, filters, shares) for part in in_parts(
+        blocks_tilde, blocks, values=len(filters) * shares[0, 0].numel())))
     return torch.stack(distances).sum(), torch.cat(gradients).contiguous()
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from interpreter import interpreted, resources
 
-from kernels import ssim
+from kernels import backend, ssim
 
 SIZES = [((2, 2, 12, 16), 3, 0.75), ((1, 2, 13, 20), 11, 1.5), ((1, 1, 11, 11), 11, 1.75)]
 POINTERS = {
@@ -58,9 +58,9 @@ def test_the_value_and_gradient_on_a_cpu(size, window, sigma, root):
     check((value, torch.autograd.grad(value, x_tilde)[0]), expected(size, window, sigma, root))
 
 
-@pytest.mark.parametrize("chunk", [1, 2 * 13 * 20])
-def test_planes_are_worked_on_a_few_at_a_time(monkeypatch, chunk):
-    monkeypatch.setattr(ssim, "CHUNK", chunk)
+@pytest.mark.parametrize("cached", [1, 2 * 13 * 20])
+def test_planes_are_worked_on_a_few_at_a_time(monkeypatch, cached):
+    monkeypatch.setattr(backend, "CACHED", cached)
     size, window, sigma = (2, 3, 13, 20), 5, 1.
     x_tilde, x = pair(size, torch.float64)
     value = ssim.mean_ssim(x_tilde, x, window, sigma)

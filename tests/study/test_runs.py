@@ -52,6 +52,16 @@ def test_one_failure_ends_the_rest():
         runs.in_turn(ThreadPoolExecutor(1), 1, "x", {("bad", 0): 1, ("b", 0): 2}, lambda key: (fail, key))
 
 
+def test_a_mix_that_diverges_is_told_what_to_change(tmp_path, monkeypatch):
+    script = "raise SystemExit('vqvae.py: error: the loss is not finite at step 3; go on with --resume')"
+    (tmp_path / "diverges.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "HERE", tmp_path)
+    with pytest.raises(UserError, match="^models/mse-seed0: training diverged.*lower rate") as raised:
+        runs.train(Path("models/mse-seed0"), ["diverges.py"], 1)
+    assert "--resume" not in str(raised.value)
+
+
 def began(path, command, step=1, **args):
     checkpoint.save(path, "vqvae", {"counters": {"step": step}, "command": command, "args": args})
 

@@ -6,6 +6,7 @@ from scipy import ndimage
 from skimage import data
 
 from harness.errors import UserError
+from kernels import backend
 from losses import TERMS
 from terms import filters
 
@@ -56,8 +57,8 @@ def test_its_operator_is_sound():
 def test_images_are_worked_on_a_few_at_a_time(monkeypatch):
     y, x = torch.rand(2, 5, 1, 12, 15, dtype=torch.float64) * 2 - 1
     values, gradients = [], []
-    for most in (filters.CHUNK, 2 * 32 * 6 * 8, 1):
-        monkeypatch.setattr(filters, "CHUNK", most)
+    for most in (backend.CACHED, 2 * 32 * 6 * 8, 1):
+        monkeypatch.setattr(backend, "CACHED", most)
         value = TERMS["gabor"](y.requires_grad_(), x)
         values.append(value.detach())
         gradients += torch.autograd.grad(value, y)
