@@ -1,4 +1,5 @@
 """Train the same VQ-VAE under many losses and seeds: tables, pictures, and what differs from a baseline."""
+import math
 import shlex
 import signal
 import sys
@@ -114,8 +115,7 @@ def main():
                                                        for (name, seed), values in figures.items()]))
     print(f"picture: {tables.draw_picture(tables_folder / 'picture.png', sweep, runs, split)}")
     print(f"plot: {tables.draw_pareto(tables_folder / 'pareto.png', sweep, figures, judged)}")
-    fewest = min(checkpoint.load_json(run / "results.json")["steps"]
-                 // checkpoint.load_json(run / "args.json").get("accumulate", 1) for run in runs.values())
+    fewest = min(map(updates_of, runs.values()))
     for warning in filter(None, (*(no_judge(name, list(figures.values())) for name in networks),
                                  progress.warning(fewest, "more --num-epochs"))):
         print(warning)
@@ -155,6 +155,13 @@ def note_of(args, flags, split, networks, runs):
                      f"{'; '.join(sorted(programs))}")
     judges = "; ".join(f"{name}: {network.description}" for name, network in networks.items())
     return ". ".join([*parts, f"Judges, comparable within this setting only: {judges}"])
+
+
+def updates_of(run):
+    """How often a run changed its weights."""
+    results, accumulate = (checkpoint.load_json(run / name) for name in ("results.json", "args.json"))
+    epochs, accumulate = max(1, results["epochs"]), accumulate.get("accumulate", 1)
+    return epochs * math.ceil(results["steps"] / epochs / accumulate)
 
 
 def check_tables(path, names):

@@ -43,8 +43,10 @@ def parse_args():
         parser.error("give images, or --from-latents and no images")
     if args.save_latents and args.from_latents:
         parser.error("--save-latents is for images: leave it out")
-    if args.save_latents and (Path(args.save_latents).suffix != ".npz" or Path(args.save_latents).is_dir()):
-        parser.error(f"--save-latents {args.save_latents} must be a file that ends in .npz")  # no photograph, no model
+    if args.save_latents and Path(args.save_latents).suffix != ".npz":  # a photograph, or a model
+        parser.error(f"--save-latents {args.save_latents} must end in .npz")
+    if args.save_latents and Path(args.save_latents).is_dir():
+        parser.error(f"--save-latents {args.save_latents} is a folder: name a file")
     return args
 
 

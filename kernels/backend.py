@@ -5,7 +5,7 @@ import torch
 
 from harness import device
 
-CACHED = 2 ** 17  # values that a core works on at a time, so that all that comes of them stays in its cache
+CACHED = 2 ** 17  # values of a tensor that a core works on at a time, so that what comes of them stays in its cache
 
 
 def fits_triton(*tensors):
@@ -14,8 +14,8 @@ def fits_triton(*tensors):
 
 
 def in_parts(*tensors, values):
-    """Parts of tensors along their first axis, of the same rows: on a CPU so few that they fit its caches, with so many
-    `values` a row; elsewhere all.
+    """The same rows of each of the tensors, a few at a time on a CPU: one, or as many as its caches hold at so many
+    `values` a row. Elsewhere all at once.
     """
     on_cpu = tensors[0].device.type == "cpu"
     rows = max(1, CACHED * torch.get_num_threads() // values) if on_cpu else len(tensors[0])

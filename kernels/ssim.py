@@ -1,4 +1,4 @@
-"""SSIM (Wang et al. 2004) of images and its gradient in closed form: on a CPU a few planes at a time, Triton on a GPU.
+"""SSIM (Wang et al. 2004) of images and its gradient in closed form: Triton on a GPU, on a CPU a few planes at a time.
 
 SSIM is the product of two maps, luminance and contrast-structure, of means under a Gaussian window. `window` is its odd
 number of pixels, no more than a side of the images, and `sigma` its standard deviation in pixels.
@@ -50,14 +50,14 @@ def _mean(x_tilde: torch.Tensor, x: torch.Tensor, window: int, sigma: float,
     if _fits_triton(x_tilde, x):
         return triton_ssim(x_tilde, x, window, sigma, root)
     taps, total, gradients = _gaussian(window, sigma), 0., []
-    count = x[0, 0, window - 1:, window - 1:].numel() * x.shape[0] * x.shape[1]
+    count = x[..., window - 1:, window - 1:].numel()
     for part_tilde, part in _chunks(x_tilde, x):
         luminance, structure, *kept = _plane_maps(part_tilde, part, taps)
         value, slope = luminance * structure, 1 / count
         if root:
-            below_one = value < 1
+            inside = value <= 1
             value = (1 - value).clamp_(min=0).add_(ROOT_EPS).sqrt_()
-            slope = torch.div(below_one, value).mul_(-0.5 / count)
+            slope = torch.div(inside, value).mul_(-0.5 / count)
         total = total + value.sum()
         gradients.append(_plane_gradient(structure * slope, luminance * slope, luminance, structure, *kept, part_tilde,
                                          part, taps))

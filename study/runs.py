@@ -2,6 +2,7 @@
 import ctypes
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -182,9 +183,9 @@ def train(run, command, threads):
     if process.returncode:
         lines = errors.strip().splitlines() or ["training failed"]
         reason = next((line for line in lines if ": error: " in line), lines[-1])
-        if "not finite" in reason:  # its own advice is for a single run
-            reason = ("training diverged, values were not finite: give the mix a lower rate (say lr=5e-4 in it), or "
-                      "leave it out; the command then goes on with the others")
+        if "not finite" in reason:  # whose advice is for a single run
+            reason = (f"{re.split('[;:] go on|; ', reason)[0]}: give this mix a lower lr, or leave it out; the command "
+                      "then goes on with the others")
         raise UserError(f"{run}: {reason}")
 
 

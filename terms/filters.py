@@ -55,7 +55,8 @@ def _in_blocks(filters):
 def _distance(blocks_tilde: torch.Tensor, blocks: torch.Tensor, filters: torch.Tensor,
               shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean squared distance of the normalised responses of filters to the `_blocks` of two images, and its gradient in
-    the first: on a CPU of a few images at a time, so that all values stay in its cache.
+    the first, which cannot be differentiated again: on a CPU of a few images at a time, so that all values stay in its
+    cache.
     """
     distances, gradients = zip(*(_part_distance(*part, filters, shares) for part in in_parts(
         blocks_tilde, blocks, values=len(filters) * shares[0, 0].numel())))

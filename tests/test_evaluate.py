@@ -320,7 +320,7 @@ def test_saved_latents_decode_to_the_reconstructions(folder):
         assert np.array_equal(np.array(Image.open(path))[4:4 + height, 8 + width:8 + 2 * width], image)
     for flags, words in ((("b.png", "--save-latents", "out.npz", "--output", "three"), "out.npz exists"),
                          (("--from-latents", "out.npz", "--output", "two"), "exists"),
-                         (("b.png", "--save-latents", "c.png", "--overwrite"), "ends in .npz"),
+                         (("b.png", "--save-latents", "c.png", "--overwrite"), "must end in .npz"),
                          (("b.png", "--from-latents", "out.npz"), "give images, or --from-latents"),
                          ((), "give images, or --from-latents")):
         code, _, err = call(folder, *LATENTS, *flags)

@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from losses import STRUCTURAL_TERMS, TERMS, ReconstructionLoss
 from terms import frequency
 
-OF_SSIM = ("ssim", "root-ssim", "ms-ssim")
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "matmul", "convolution", "convolution_backward"}
 
 
@@ -63,8 +62,8 @@ def test_a_term_has_no_product_that_a_gpu_may_shorten(name):
     criterion = ReconstructionLoss({name: 1.}, sharpen=0.3 if name in STRUCTURAL_TERMS else 0.)
     with Products() as products:
         differentiate(criterion, *images())
-    # Those of SSIM ask for whole products themselves; ten bits are enough for the projections of patches.
-    assert not products.found or name in (*OF_SSIM, "patch-swd", "gabor"), products.found
+    # Ten bits are enough for the projections of patches, and for `gabor`, whose operator is not looked into.
+    assert not products.found or name == "patch-swd", products.found
 
 
 def test_the_collector_sees_products():
