@@ -159,9 +159,9 @@ def note_of(args, flags, split, networks, runs):
 
 def updates_of(run):
     """How often a run changed its weights."""
-    results, accumulate = (checkpoint.load_json(run / name) for name in ("results.json", "args.json"))
-    epochs, accumulate = max(1, results["epochs"]), accumulate.get("accumulate", 1)
-    return epochs * math.ceil(results["steps"] / epochs / accumulate)
+    results, args = (checkpoint.load_json(run / name) for name in ("results.json", "args.json"))
+    epochs = max(1, results["epochs"])
+    return epochs * math.ceil(results["steps"] / epochs / args.get("accumulate", 1))
 
 
 def check_tables(path, names):

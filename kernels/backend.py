@@ -22,6 +22,19 @@ def in_parts(*tensors, values):
     return zip(*(tensor.split(rows) for tensor in tensors))
 
 
+def register_gradient(operator):
+    """Let autograd use what an operator of `torch.library` returns: a value, and its gradient in the first input."""
+    def keep(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.others = len(inputs) - 1
+
+    def backward(ctx, grad, _):
+        return None if grad is None else grad * ctx.saved_tensors[0], *[None] * ctx.others
+    operator.register_autograd(backward, setup_context=keep)
+
+
 @contextmanager
 def exact_products():
     """Matrix products and convolutions in float32, where the program may have allowed TF32 or bfloat16 for them.

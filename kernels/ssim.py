@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import fits_triton, in_parts
+from kernels.backend import fits_triton, in_parts, register_gradient
 
 C1, C2 = 0.01 ** 2, 0.03 ** 2
 ROOT_EPS = 1e-4
@@ -69,17 +69,7 @@ def _(x_tilde, x, window, sigma, root):
     return x.new_empty(()), x.new_empty(x.shape)
 
 
-def _keep_gradient(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-
-
-def _mean_backward(ctx, grad_value, _):
-    return None if grad_value is None else grad_value * ctx.saved_tensors[0], None, None, None, None
-
-
-_mean.register_autograd(_mean_backward, setup_context=_keep_gradient)
+register_gradient(_mean)
 
 
 # --- the maps

@@ -4,7 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import in_parts
+from kernels.backend import in_parts, register_gradient
 from terms.images import Row, check_sides, halved, luma_of, unit
 
 SIDE, WAVELENGTH, SIGMA = 7, 4., 1.8  # of the filters, in pixels
@@ -68,17 +68,7 @@ def _(blocks_tilde, blocks, filters, shares):
     return blocks.new_empty(()), blocks.new_empty(blocks.shape)
 
 
-def _keep_gradient(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-
-
-def _distance_backward(ctx, grad, _):
-    return None if grad is None else grad * ctx.saved_tensors[0], None, None, None
-
-
-_distance.register_autograd(_distance_backward, setup_context=_keep_gradient)
+register_gradient(_distance)
 
 
 def _part_distance(blocks_tilde, blocks, filters, shares):

@@ -290,17 +290,18 @@ def test_the_search_is_exact_whatever_products_are_allowed_to_be(precision):
         torch.set_float32_matmul_precision(allowed)
 
 
-def test_the_search_asks_for_whole_products_and_gives_the_setting_back(monkeypatch):
-    asked, allowed, real = [], torch.get_float32_matmul_precision(), torch.addmm
-
-    def product(*args, **kwargs):
-        asked.append(torch.get_float32_matmul_precision())
-        return real(*args, **kwargs)
-    monkeypatch.setattr(torch, "addmm", product)
+def test_the_search_asks_for_whole_products_and_gives_the_setting_back_and_ssim_has_none(monkeypatch):
+    asked, allowed, x = [], torch.get_float32_matmul_precision(), torch.rand(1, 3, 16, 16, requires_grad=True)
+    for real in (torch.addmm, torch.mm, torch.bmm):
+        def product(*args, real=real, **kwargs):
+            asked.append((real.__name__, torch.get_float32_matmul_precision()))
+            return real(*args, **kwargs)
+        monkeypatch.setattr(torch, real.__name__, product)
     torch.set_float32_matmul_precision("high")
     try:
         vq(torch.rand(5, 4), torch.rand(3, 4))
+        TERMS["ssim"](x, torch.rand(1, 3, 16, 16)).backward()
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(allowed)
-    assert set(asked) == {"highest"}
+    assert set(asked) == {("addmm", "highest")}
