@@ -175,7 +175,8 @@ def exactness(device, small):
 def graph_against_eager(device, small):
     """Largest relative difference of weights after 50 steps, as a graph and as they are, and of the latter repeated."""
     count = 6 if small else 50
-    for flags in ((), ("--recipe", "recommended"), ("--recipe", "recommended", "--quantizer", "gradient"),
+    for flags in ((), ("--recipe", "recommended"), ("--recipe", "recommended-photos"),
+                  ("--recipe", "recommended", "--quantizer", "gradient"),
                   ("--average-weights", "0.99", "--restart-below", "0.1")):
         weights = []
         for more in ((), ("--no-graph",), ("--no-graph",)):

@@ -85,10 +85,10 @@ def _try_triton():
     from triton.runtime import driver
     try:
         driver.active.get_current_target()  # its first use builds
-    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+    except (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError) as error:
         has_triton = False
-        print("Triton's kernels are left out, which is slower: there is no C compiler here, or no headers of "
-              f"Python (apt install gcc python3-dev): {_line(error)}", flush=True)
+        print("Triton's kernels are left out, which is slower. They need a C compiler and the headers of Python (apt "
+              f"install gcc python3-dev), and the driver's libcuda.so: {_line(error)}", flush=True)
 
 
 def peak_memory_mb(device):

@@ -4,7 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import in_parts, register_gradient
+from kernels.backend import exact_products, in_parts, register_gradient
 from terms.images import Row, check_sides, halved, luma_of, unit
 
 SIDE, WAVELENGTH, SIGMA = 7, 4., 1.8  # of the filters, in pixels
@@ -58,8 +58,9 @@ def _distance(blocks_tilde: torch.Tensor, blocks: torch.Tensor, filters: torch.T
     the first, which cannot be differentiated again: on a CPU of a few images at a time, so that all values stay in its
     cache.
     """
-    distances, gradients = zip(*(_part_distance(*part, filters, shares) for part in in_parts(
-        blocks_tilde, blocks, values=len(filters) * shares[0, 0].numel())))
+    with torch.autocast(blocks.device.type, enabled=False), exact_products():  # TF32 would spoil small gradients
+        distances, gradients = zip(*(_part_distance(*part, filters, shares) for part in in_parts(
+            blocks_tilde, blocks, values=len(filters) * shares[0, 0].numel())))
     return torch.stack(distances).sum(), torch.cat(gradients).contiguous()
 
 
@@ -95,8 +96,7 @@ def _part_distance(blocks_tilde, blocks, filters, shares):
 
 def _responses(blocks, filters):
     """(4, filters, positions): those of the four pixels of each block."""
-    # A CPU is fastest if a convolution sees channels last, and all that follows sees them first. Ten bits (TF32) would
-    # do: equal images have equal responses, however they are rounded.
+    # A CPU is fastest if a convolution sees channels last, and all that follows sees them first.
     found = F.conv2d(blocks.contiguous(memory_format=torch.channels_last), filters).permute(0, 2, 3, 1)
     return found.reshape(-1, len(filters)).t().contiguous().unflatten(0, (4, -1))
 

@@ -10,7 +10,7 @@ from torch import nn
 import experiment
 from harness import batches, cli
 from harness.device import adam, autocast_of, one_step, pick_device, set_lr
-from losses import ReconstructionLoss
+from losses import TERMS, ReconstructionLoss
 from modules import GatedPixelCNN, VectorQuantizedVAE
 from quantizers import QUANTIZERS, filled
 
@@ -91,7 +91,8 @@ def trained(gpu, graph, *flags, steps=50):
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--recipe", "recommended", "--restart-below", "0.2"), ("--quantizer", "gradient", "--restart-below", "0.2"),
+    (), ("--recipe", "recommended", "--restart-below", "0.2"), ("--recipe", "recommended-photos"),
+    ("--quantizer", "gradient", "--restart-below", "0.2"),
     ("--quantizer", "fsq", "--average-weights", "0.99"), ("--quantizer", "rotation"), ("--quantizer", "cosine")])
 def test_weights_after_50_steps_are_those_without_a_graph(gpu, deterministic, flags):
     graphed, plain, again = (trained(gpu, graph, *flags) for graph in (True, False, False))
@@ -104,6 +105,20 @@ def assert_alike(graphed, plain, again):
         return float((one.double() - two.double()).abs().max())
     sizes = {name: (largest(graphed[name], value), largest(again[name], value)) for name, value in plain.items()}
     assert {name: size for name, size in sizes.items() if size[0] > 10 * size[1]} == {}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_loss_term_is_that_of_a_cpu_in_float64(gpu, name):
+    torch.manual_seed(0)
+    x = F.interpolate(torch.rand(4, 3, 16, 16, dtype=torch.float64), scale_factor=4, mode="bilinear") * 1.8 - 0.9
+    x_tilde, found = (x + 0.05 * torch.randn_like(x)).clamp(-1, 1), []
+    for where, dtype in (("cpu", torch.float64), (gpu, torch.float32)):
+        image = x_tilde.to(where, dtype, memory_format=torch.channels_last).requires_grad_()
+        value = TERMS[name](image, x.to(where, dtype, memory_format=torch.channels_last))
+        found.append([part.double().cpu() for part in (value.detach(), *torch.autograd.grad(value, image))])
+    (value, gradient), (value_there, gradient_there) = found
+    torch.testing.assert_close(value_there, value, rtol=1e-3, atol=1e-6)
+    assert (gradient_there - gradient).norm() < 1e-2 * gradient.norm()
 
 
 def test_images_that_stay_on_the_cpu_come_in_the_same_batches(gpu, monkeypatch):
