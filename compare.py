@@ -45,7 +45,8 @@ def parse_args():
                         help=f"networks that judge, of {', '.join(FEATURES)}; rFID is the Fréchet distance of "
                         "inception (default effnet-lite0)")
     parser.add_argument("--quick", action="store_true", help=f"train with {' '.join(QUICK)}, a first look")
-    parser.add_argument("--seeds", type=cli.at_most(MOST_RUNS), default=1, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--seeds", type=cli.at_most(MOST_RUNS), default=1, metavar="N", help="seeds that each mix is "
+                        "trained with (default %(default)s)")
     parser.add_argument("--jobs", type=cli.at_most(cli.MOST_WORKERS), default=1, metavar="N", help="runs at a time, "
                         "sharing the cores (default %(default)s; 2 small models on 2 cores are faster than 1)")
     parser.add_argument("--vqgan-flags", type=shlex.split, default=[], metavar="FLAGS",

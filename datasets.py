@@ -375,8 +375,8 @@ def check_alike(models):
     carved = {contents["data"]["carved"]: name for name, contents in models.items() if contents["data"]["carved"]}
     if len(carved) > 1:
         first, second, *_ = carved.values()
-        raise UserError(f"{first} and {second} were trained on other files, of one folder or of two, and hold out "
-                        "other images, some of which the other may have learned: train both on one folder")
+        raise UserError(f"{first} and {second} were trained on other files and hold out other images, some of "
+                        "which the other may have learned: train both on one folder")
 
 
 def held_out(models, folder):

@@ -47,9 +47,9 @@ def parse_args():
                                       "samples from real images of --split? A classifier of their classes judges")
     group.add_argument("--prior", type=cli.path, metavar="RUN", help="run of pixelcnn_prior.py")
     group.add_argument("--samples", type=cli.at_most(fields.MOST_SAMPLES), default=100,
-                       help="a class (default %(default)s)")
+                       help="images drawn of each class (default %(default)s)")
     add_drawing_arguments(group)
-    group.add_argument("--seed", type=cli.whole, default=0, help="of the draws (default %(default)s)")
+    group.add_argument("--seed", type=cli.whole, default=0, help="seed of the draws (default %(default)s)")
     args = parser.parse_args()
     if not args.model and not args.prior:
         parser.error("--model or --prior is needed: name a run")
@@ -313,13 +313,15 @@ def evaluate_prior(args, device):
                  for label in labels.split(args.samples)]
         samples = torch.cat([judge.network(first.decode(codes)) for codes in torch.cat(drawn).split(args.batch_size)])
         rebuilt = torch.cat([judge.network(first.decode(first.encode(x))) for x, _ in split])
-    rows = [[f"real {args.split} images", judge.agreement(judge.real, judge.labels), ""]]
-    for name, features, of in (("their reconstructions", rebuilt, judge.labels),
-                               (f"samples, {args.samples} a class", samples, labels)):
-        rows.append([name, judge.agreement(features, of), frechet_distance(features, judge.real)])
+    figures = judge.figures(rebuilt)
+    rows = [[f"real {args.split} images", figures["original_accuracy"], ""],
+            ["their reconstructions", figures["accuracy"], figures["frechet_distance"]],
+            [f"samples, {args.samples} a class", judge.agreement(samples, labels),
+             frechet_distance(samples, judge.real)]]
     rows += [[f"  {name}", judge.agreement(*part), ""]
              for name, *part in zip(classes, samples.split(args.samples), labels.split(args.samples))]
     print(report.markdown_table(["judged by the classifier", "agreement", "Fréchet distance"], rows))
+    print(no_judge("classifier", [{f"{name}/classifier": value for name, value in figures.items()}]) or "", end="")
 
 
 if __name__ == "__main__":

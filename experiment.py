@@ -12,7 +12,7 @@ from datasets import check_alike, check_same
 from harness import checkpoint, cli, distributed, fields
 from harness.device import adam, allow_tf32, pick_precision
 from harness.errors import UserError
-from harness.folder import check_data, check_folder, run_folder
+from harness.folder import DAMAGED, check_data, check_folder, run_folder
 from harness.report import image_rows, markdown_table, save_picture, size_of
 from harness.run import Run
 from losses import COLOUR_TERMS, TERMS, ReconstructionLoss
@@ -89,7 +89,7 @@ def add_arguments(parser, output_folder):
                        "moving average of the weights with this decay, say 0.999; 0 keeps the weights themselves")
     cli.add_arguments(parser, output_folder=output_folder, lr=2e-4)
     parser.add_argument("--monitor", choices=MONITORS, help="validation value whose best epoch best.pt keeps (default "
-                        "loss; mse with --balance, which changes the unit of the loss; last, any epoch, in vqgan.py)")
+                        "loss; mse with --balance, which changes the unit of the loss; last, the latest, in vqgan.py)")
 
 
 def weights_of(args):
@@ -128,7 +128,7 @@ def load_data(args, device):
     source = datasets.source_of(args)
     last = run_folder("models", args.output_folder) / "last.pt"
     if args.resume and last.exists():
-        facts = checkpoint.load(last, "vqvae", fields.VQVAE)["data"]
+        facts = checkpoint.load(last, "vqvae", fields.VQVAE, DAMAGED)["data"]
         source = replace(source, carved=facts["carved"] if facts["name"] == args.dataset else "")
     with distributed.rank_0_first():
         data = datasets.load(args.dataset, source, args.batch_size, device, args.flip, args.seed, args.num_workers)

@@ -3,6 +3,7 @@
 Errors a user can mend are UserError or OSError; `run` prints them as one line.
 """
 import argparse
+import difflib
 import math
 import sys
 from concurrent.futures import BrokenExecutor
@@ -38,7 +39,15 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message):
+        _, unknown, flags = message.partition("unrecognized arguments: ")
+        message = f"{message}: {nearest(flags.split()[0], self._option_string_actions)}".rstrip(": ") if unknown \
+            else message
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help shows all flags)\n")
+
+
+def nearest(word, words):
+    """"did you mean X?" where one of the words is nearly this one, else nothing."""
+    return "".join(f"did you mean {close}?" for close in difflib.get_close_matches(word, words, 1))
 
 
 class _Defaults(argparse.HelpFormatter):
@@ -144,7 +153,7 @@ def add_arguments(parser, output_folder, lr):
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                        help="precision of the networks; auto is bf16 where the device is faster with it (tensor cores, "
                        "AMX, AVX-512 of AMD)")
-    group.add_argument("--compile", action="store_true", help="compile forward pass and loss, which takes a minute")
+    group.add_argument("--compile", action="store_true", help="compile forward pass and loss, which takes minutes")
     group.add_argument("--no-graph", action="store_true", help="on a GPU, launch each kernel of a step by itself and "
                        "not the whole step as one CUDA graph")
     group.add_argument("--log-every", type=positive_int, metavar="STEPS",

@@ -97,6 +97,7 @@ MODEL_ARGS = {  # of each network, where its constructor has such an argument
 
 RUN = {  # of any kind, to go on from
     "args": [{"output_folder": text}, names], "best": lambda value: value is None or number(value),
+    "command": several(text),
     "counters": {"epoch": whole(), "batch": whole(), "step": whole(0, 2 ** 62), "seconds": cost, "world": whole(1)}}
 DATA = {"name": text, "channels": one_of(1, 3), "size": SIZE, "classes": several(text),
         "images": dict.fromkeys(("train", "valid", "test"), whole(1)), "carved": text}

@@ -3,6 +3,7 @@ import fcntl
 import os
 import platform
 import re
+import shlex
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from harness import checkpoint, cli, distributed, fields
 from harness.errors import UserError
 from harness.images import RUN_FOLDERS
 
+DAMAGED = "--overwrite starts anew, and best.pt goes with it"  # what to do where last.pt is
 WHERE = ("data_folder",)  # flags that say where the data of a run are, which is nobody's business but its own
 
 
@@ -86,7 +88,7 @@ def last_checkpoint(folder, kind, flags, may_change):
     if not path.exists():
         print(f"nothing to resume in {folder}: starting anew")
         return None
-    contents = checkpoint.load(path, kind, fields.RUN, "--overwrite starts anew, and best.pt goes with it")
+    contents = checkpoint.load(path, kind, fields.RUN, DAMAGED)
     before = contents["args"]
     if contents["counters"]["world"] != distributed.world_size():
         may_change = may_change | {"batch_size"}
@@ -96,7 +98,8 @@ def last_checkpoint(folder, kind, flags, may_change):
               if name not in may_change and before.get(name) != now.get(name)
               and (name in before or name in cli.changed)]  # a flag that was added since, at its default
     if differ:
-        raise UserError(f"{folder} was trained with {', '.join(differ)}: --resume needs the same flags")
+        raise UserError(f"{folder} was trained with {', '.join(differ)}: --resume needs the same flags. It was started "
+                        f"as: {shlex.join(contents['command'])}")
     own = re.escape(before["output_folder"]) + r"(-\d+)?"  # with the id of a job
     if not re.fullmatch(own, now["output_folder"]):
         print(f"{folder} was {run_folder('models', before['output_folder'])} before: its curves so far stay in "

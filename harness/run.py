@@ -14,7 +14,7 @@ from harness import checkpoint, cli, curves, distributed, history, progress
 from harness.device import peak_memory_mb
 from harness.errors import UserError
 from harness.folder import WHERE, check_folder, last_checkpoint, lock, lost_best, made_with, plain, run_folder, shared
-from harness.schedule import lr_scale, update_of
+from harness.schedule import lr_scale, update_of, warmup_warning
 from harness.tally import Tally
 
 # All other flags define a run, except those that a script names.
@@ -211,6 +211,7 @@ class Run:
             print(f"{updates} updates an epoch, for {self.args.minutes:g} minutes", flush=True)
         else:
             print(progress.plan(updates, self.args.num_epochs, self._updates_done()), flush=True)
+            progress.say(warmup_warning(self.args.warmup_steps, self.args.num_epochs * batches))
 
     def _updates_done(self):
         accumulate = self.args.accumulate

@@ -22,6 +22,13 @@ def lr_scale(name, warmup, progress, step, steps=None):
     return 0.5 * (1 + math.cos(math.pi * max(0., progress - start) / (1 - start))) if name == "cosine" else 1.
 
 
+def warmup_warning(warmup, steps):
+    """One line where a training of so many steps ends within its warm-up, else nothing."""
+    return "" if warmup < steps else (
+        f"warning: --warmup-steps {warmup} leaves nothing of the {steps} steps: the learning rate never reaches --lr. "
+        "Pass fewer, or a share such as 0.1")
+
+
 def update_of(batch, batches, accumulate):
     """(number of batches in the update that a batch belongs to, whether it is the last of them).
 

@@ -224,7 +224,8 @@ def trained_through(args):
 
 
 def no_judge(name, found):
-    """One line where a classifier knows the originals but not half as many reconstructions of any model, else None.
+    """One line where a classifier hardly knows the originals, or not half as many reconstructions of any model, else
+    None.
 
     Args:
         name: of the judge. found: figures of each model.
@@ -232,6 +233,10 @@ def no_judge(name, found):
     if not found or f"accuracy/{name}" not in found[0]:
         return None
     originals, most = found[0][f"original_accuracy/{name}"], max(figures[f"accuracy/{name}"] for figures in found)
+    guessed = found[0].get(f"guessed_accuracy/{name}", 0.)  # which figures of earlier versions lack
+    if originals < min(2 * guessed, (1 + guessed) / 2):
+        return (f"{name} is no judge here: it recognizes {originals:.0%} of the originals, and guessing gives "
+                f"{guessed:.0%}. Leave it out.")
     if most >= originals / 2:
         return None
     return (f"{name} is no judge here: it recognizes {originals:.0%} of the originals and at most {most:.0%} of the "
@@ -276,7 +281,8 @@ class Judge:
         """Figures by name of features (N, D) of the reconstructions, in the order of the split.
 
         `frechet_distance`, `kernel_distance` and its `kernel_distance_sd`, `sliced_wasserstein`; of a classifier
-        accuracy and original_accuracy, the shares of reconstructions and of originals that it gives their class.
+        accuracy and original_accuracy, the shares of reconstructions and of originals that it gives their class, and
+        guessed_accuracy, the share of the most common class.
         """
         kernel, deviation = distances.kernel_distance(fake, self.real,
                                                       getattr(self.network, "kernel", distances.cubic_kernel))
@@ -284,7 +290,8 @@ class Judge:
                    "kernel_distance_sd": deviation, "sliced_wasserstein": distances.sliced_wasserstein(fake, self.real)}
         if hasattr(self.network, "logits"):
             figures |= {"accuracy": self.agreement(fake, self.labels),
-                        "original_accuracy": self.agreement(self.real, self.labels)}
+                        "original_accuracy": self.agreement(self.real, self.labels),
+                        "guessed_accuracy": float(torch.bincount(self.labels).max()) / len(self.labels)}
         return figures
 
     @torch.no_grad()

@@ -16,6 +16,14 @@ def test_usage_errors_are_one_line(folder, flags, word):
     fails(run(folder, *flags), word)
 
 
+@pytest.mark.parametrize("flag, meant", [("--sim-weight", "--ssim-weight"), ("--output-foldr=x", "--output-folder"),
+                                         ("--zzz", None)])
+def test_an_unknown_flag_gets_the_nearest_one(folder, flag, meant):
+    code, _, err = run(folder, flag)
+    told = f"unrecognized arguments: {flag}" + (f": did you mean {meant}? (" if meant else " (")
+    assert code == 2 and told in err
+
+
 @pytest.mark.parametrize("script", [path.name for path in HERE.glob("*.py") if "cli.run(main)" in path.read_text()])
 def test_help_explains_every_flag_and_shows_its_default(tmp_path, script, monkeypatch):
     parsers = []

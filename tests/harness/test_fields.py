@@ -28,9 +28,10 @@ TABLES = {
         nested(DATA[1], "data") | {"counters.epoch": COUNT, "counters.step": COUNT, "model_args.input_dim": [],
                                    "args.skip_broken": [True], "data": [], "args": [], "counters": []}),
     "resumed": (fields.RUN, {
-        "args": {"output_folder": "a"}, "best": 0.5,
+        "args": {"output_folder": "a"}, "best": 0.5, "command": ["vqvae.py"],
         "counters": {"epoch": 3, "batch": 0, "step": 7, "seconds": 1.5, "world": 1}},
-        {"args": [], "args.output_folder": TEXT, "best": [None, -1, math.nan, math.inf, 2 ** 63, 10 ** 30, *NUMBER],
+        {"args": [], "args.output_folder": TEXT, "command": [[], ["x"], ["a", "b"], ()],
+         "best": [None, -1, math.nan, math.inf, 2 ** 63, 10 ** 30, *NUMBER],
          "counters.batch": COUNT, "counters.seconds": [2 ** 63, 10 ** 30, *NUMBER], "counters.world": [1]}),
     "prior": (fields.PRIOR, {
         "vqvae": {"path": "a", "digest": "b"}, "images": [8, 1, 1], "model_args": {"n_classes": 3},

@@ -82,6 +82,9 @@ def test_a_run_says_its_updates_and_warns_of_few(folder):
         "--batch-size" in warning and warning.startswith("warning: 4 updates are few")
     code, out, _ = call(folder, "vqvae.py", *SMALL, "--num-epochs", "3", "--accumulate", "3", "--resume")
     assert "2 updates an epoch x 3 epochs = 6 updates, 4 of them done" in out
+    assert "--warmup-steps" not in out
+    assert "warning: --warmup-steps 12 leaves nothing of the 12 steps" in call(
+        folder, "vqvae.py", *SMALL, "--num-epochs", "3", "--warmup-steps", "12", "--overwrite")[1]
     assert "warning" not in progress.plan(100, 10) and "warning" in progress.plan(99, 10)
 
 
