@@ -321,7 +321,9 @@ def evaluate_prior(args, device):
     rows += [[f"  {name}", judge.agreement(*part), ""]
              for name, *part in zip(classes, samples.split(args.samples), labels.split(args.samples))]
     print(report.markdown_table(["judged by the classifier", "agreement", "Fréchet distance"], rows))
-    print(no_judge("classifier", [{f"{name}/classifier": value for name, value in figures.items()}]) or "", end="")
+    told = no_judge("classifier", [{f"{name}/classifier": value for name, value in figures.items()}])
+    if told:
+        print(told)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         _, unknown, flags = message.partition("unrecognized arguments: ")
-        message = f"{message}: {nearest(flags.split()[0], self._option_string_actions)}".rstrip(": ") if unknown \
-            else message
-        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help shows all flags)\n")
+        near = nearest(flags.split()[0], self._option_string_actions) if unknown else ""
+        self.exit(2, f"{self.prog}: error: {message}{': ' * bool(near)}{near} ({self.prog} --help shows all flags)\n")
 
 
 def nearest(word, words):

@@ -236,7 +236,7 @@ def no_judge(name, found):
     guessed = found[0].get(f"guessed_accuracy/{name}", 0.)  # which figures of earlier versions lack
     if originals < min(2 * guessed, (1 + guessed) / 2):
         return (f"{name} is no judge here: it recognizes {originals:.0%} of the originals, and guessing gives "
-                f"{guessed:.0%}. Leave it out.")
+                f"{guessed:.0%}. What it says here means little.")
     if most >= originals / 2:
         return None
     return (f"{name} is no judge here: it recognizes {originals:.0%} of the originals and at most {most:.0%} of the "
