@@ -39,8 +39,8 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message):
-        _, unknown, flags = message.partition("unrecognized arguments: ")
-        near = nearest(flags.split()[0], self._option_string_actions) if unknown else ""
+        unknown = [word.partition("=")[0] for word in message.partition("unrecognized arguments: ")[2].split()]
+        near = next(filter(None, (nearest(word, self._option_string_actions) for word in unknown if len(word) > 2)), "")
         self.exit(2, f"{self.prog}: error: {message}{': ' * bool(near)}{near} ({self.prog} --help shows all flags)\n")
 
 

@@ -98,7 +98,7 @@ def last_checkpoint(folder, kind, flags, may_change):
               if name not in may_change and before.get(name) != now.get(name)
               and (name in before or name in cli.changed)]  # a flag that was added since, at its default
     if differ:
-        raise UserError(f"{folder} was trained with {', '.join(differ)}: --resume needs the same flags. It was started "
+        raise UserError(f"{folder} was trained with {', '.join(differ)}: --resume needs the same flags. It last ran "
                         f"as: {shlex.join(contents['command'])}")
     own = re.escape(before["output_folder"]) + r"(-\d+)?"  # with the id of a job
     if not re.fullmatch(own, now["output_folder"]):

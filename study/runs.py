@@ -121,7 +121,7 @@ def checkpoints(run):
 def differences(contents, command):
     """Flags in which a checkpoint's run differs from what a command trains, "--k 16, now 32".
 
-    contents: of the checkpoint: the command that began the run, and the values of all flags, defaults included.
+    contents: of the checkpoint: the command that last ran it, and the values of all flags, defaults included.
     """
     (script, then), (other, now) = ((words[0], mixes.given(words)) for words in (contents["command"], command))
     differ = [] if script == other else [f"{script}, now {other}"]

@@ -16,10 +16,11 @@ def test_usage_errors_are_one_line(folder, flags, word):
     fails(run(folder, *flags), word)
 
 
-@pytest.mark.parametrize("flag, meant", [("--sim-weight", "--ssim-weight"), ("--output-foldr=x", "--output-folder"),
-                                         ("--zzz", None)])
+@pytest.mark.parametrize("flag, meant", [
+    ("--sim-weight", "--ssim-weight"), ("--output-foldr=some-long-name", "--output-folder"), ("--zzz", None),
+    ("", None), ("--zzz --sim-weight", "--ssim-weight")])
 def test_an_unknown_flag_gets_the_nearest_one(folder, flag, meant):
-    code, _, err = run(folder, flag)
+    code, _, err = run(folder, *flag.split(" "))
     told = f"unrecognized arguments: {flag}" + (f": did you mean {meant}? (" if meant else " (")
     assert code == 2 and told in err
 
