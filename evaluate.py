@@ -321,9 +321,9 @@ def evaluate_prior(args, device):
     rows += [[f"  {name}", judge.agreement(*part), ""]
              for name, *part in zip(classes, samples.split(args.samples), labels.split(args.samples))]
     print(report.markdown_table(["judged by the classifier", "agreement", "Fréchet distance"], rows))
-    told = no_judge("classifier", [{f"{name}/classifier": value for name, value in figures.items()}])
-    if told:
-        print(told)
+    warning = no_judge("classifier", [{f"{name}/classifier": value for name, value in figures.items()}])
+    if warning:
+        print(warning)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def ssim(x_tilde, x):
     On images smaller than the window, the largest odd window that fits.
     """
     window = min(11, *(side - 1 + side % 2 for side in x.shape[2:]))
-    with exact_products():  # variances are small differences of large numbers
+    with exact_products(x.device):  # variances are small differences of large numbers
         return msssim_ssim(x_tilde, x, data_range=1., size_average=False, win_size=window)
 
 

@@ -40,13 +40,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = [word.partition("=")[0] for word in message.partition("unrecognized arguments: ")[2].split()]
-        near = next(filter(None, (nearest(word, self._option_string_actions) for word in unknown if len(word) > 2)), "")
-        self.exit(2, f"{self.prog}: error: {message}{': ' * bool(near)}{near} ({self.prog} --help shows all flags)\n")
+        near = nearest([word for word in unknown if len(word) > 2], self._option_string_actions)
+        self.exit(2, f"{self.prog}: error: {message}{near} ({self.prog} --help shows all flags)\n")
 
 
-def nearest(word, words):
-    """"did you mean X?" where one of the words is nearly this one, else nothing."""
-    return "".join(f"did you mean {close}?" for close in difflib.get_close_matches(word, words, 1))
+def nearest(given, words):
+    """": did you mean X?" for the first of the given that is nearly one of the words, else nothing."""
+    close = (difflib.get_close_matches(one, words, 1) for one in given)
+    return next((f": did you mean {word}?" for found in close for word in found), "")
 
 
 class _Defaults(argparse.HelpFormatter):

@@ -36,8 +36,8 @@ def register_gradient(operator):
 
 
 @contextmanager
-def exact_products():
-    """Matrix products and convolutions in float32, where the program may have allowed TF32 or bfloat16 for them.
+def exact_products(device):
+    """Matrix products and convolutions on a device in float32, where the program may have allowed TF32 or bfloat16.
 
     It sets the whole program's precision, which no compiler can trace: within an operator of `torch.library`, or where
     nothing is compiled.
@@ -47,7 +47,8 @@ def exact_products():
     torch.set_float32_matmul_precision("highest")
     cudnn.allow_tf32 = False
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(allowed)
         cudnn.allow_tf32 = convolutions

@@ -55,7 +55,7 @@ def blocked_nearest(x, codebook):
     padded = torch.arange(-(-len(codebook) // group) * group, device=x.device) % len(codebook)
     codes = codebook[padded].to(dtype)  # whole groups: the first codes once more at the end
 
-    with torch.autocast(x.device.type, enabled=False), exact_products():
+    with exact_products(x.device):
         largest = torch.stack([bound.to(dtype) for bound in (*x.aminmax(), *codes.aminmax())]).abs().max()
         scale = torch.exp2(torch.floor(torch.log2(largest.clamp(min=torch.finfo(dtype).tiny))))
         codes = codes / scale

@@ -234,13 +234,13 @@ def no_judge(name, found):
         return None
     originals, most = found[0][f"original_accuracy/{name}"], max(figures[f"accuracy/{name}"] for figures in found)
     guessed = found[0].get(f"guessed_accuracy/{name}", 0.)  # which figures of earlier versions lack
+    line = f"{name} is no judge here: it recognizes {originals:.0%} of the originals"
     if originals < min(2 * guessed, (1 + guessed) / 2):
-        return (f"{name} is no judge here: it recognizes {originals:.0%} of the originals, and guessing gives "
-                f"{guessed:.0%}. What it says here means little.")
-    if most >= originals / 2:
-        return None
-    return (f"{name} is no judge here: it recognizes {originals:.0%} of the originals and at most {most:.0%} of the "
-            "reconstructions. Where you can still recognize these, leave it out.")
+        return f"{line}, and guessing gives {guessed:.0%}. What it says here means little."
+    if most < originals / 2:
+        return (f"{line} and at most {most:.0%} of the reconstructions. Where you can still recognize these, leave it "
+                "out.")
+    return None
 
 
 def check_split(loader):

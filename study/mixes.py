@@ -55,10 +55,9 @@ def parse_mix(text):
             continue
         if name not in TERMS and name not in FLAGS:
             named = sorted(set(RECIPES) - set(TERMS))
-            near = cli.nearest(name, [*TERMS, *FLAGS, *named])
-            raise UserError(f"no loss term {name!r} in {text!r}: {near}{' ' * bool(near)}the terms are "
-                            f"{', '.join(TERMS)}; further names are {', '.join(FLAGS)} and, first, the recipes "
-                            f"{', '.join(named)}")
+            near = cli.nearest([name], [*TERMS, *FLAGS, *named])
+            raise UserError(f"no loss term {name!r} in {text!r}{near or ':'} the terms are {', '.join(TERMS)}; further "
+                            f"names are {', '.join(FLAGS)} and, first, the recipes {', '.join(named)}")
         if name in mix:
             raise UserError(f"{name} stands twice in {text!r}: give it once")
         flag, kind, usual = FLAGS.get(name, (None, cli.positive, 1.))

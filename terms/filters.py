@@ -58,7 +58,7 @@ def _distance(blocks_tilde: torch.Tensor, blocks: torch.Tensor, filters: torch.T
     the first, which cannot be differentiated again: on a CPU of a few images at a time, so that all values stay in its
     cache.
     """
-    with torch.autocast(blocks.device.type, enabled=False), exact_products():  # TF32 would spoil small gradients
+    with exact_products(blocks.device):  # TF32 would spoil small gradients
         distances, gradients = zip(*(_part_distance(*part, filters, shares) for part in in_parts(
             blocks_tilde, blocks, values=len(filters) * shares[0, 0].numel())))
     return torch.stack(distances).sum(), torch.cat(gradients).contiguous()

@@ -181,7 +181,8 @@ def test_a_folder_that_gained_an_image_holds_out_others(folder, monkeypatch):  #
     check(folder, (*EVALUATE, "models/old", "models/a", "--data-folder", "images"), changed)
     assert call(folder, *READERS["evaluate"], "--data-folder", "moved")[0] == 0
     fresh = ("vqvae.py", *SMALL, "--data-folder", "images", "--output-folder")
-    check(folder, ("vqvae.py", *SMALL, *resumed[-5:]), "It last ran as: vqvae.py")  # another data set, not other files
+    for words in ("was trained with", "It last ran as: vqvae.py"):
+        check(folder, ("vqvae.py", *SMALL, *resumed[-5:]), words)  # another data set, not other files
     check(folder, (*fresh, "frozen", "--frozen-codebook", BEST), "hold out other images")
     assert call(folder, *fresh, "b")[0] == 0
     check(folder, (*EVALUATE, "models/b", "models/a"), "were trained on other files and hold out other images")

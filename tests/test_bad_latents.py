@@ -1,4 +1,4 @@
-"""Bad input to the scripts that go on from a trained VQ-VAE, told as in bad_input.py.
+"""Bad input to the scripts that go on from a trained VQ-VAE, reported as bad_input.py says.
 
 To add a case: one row, (name, what is done to the folder, script and flags, what the line must name). The folder holds
 clips/ of cat and dog, numbered frames 16x16 of each split, models/a trained on it and models/prior on the latents of a.

@@ -366,13 +366,6 @@ def test_random_crops_are_parts_of_the_larger_image_and_differ_by_epoch(tmp_path
     assert torch.equal(data.train.examples(3), whole.train.examples(3)[:, :, 4:20, 4:20])
 
 
-def test_photos_are_cropped_without_being_enlarged():
-    data, plain = (load("photos", Source(image_size=(32, 32), crop_scale=scale), 64) for scale in (1.5, 1.))
-    assert data.train.images.shape[1:3] == (48, 48) and data.size == (32, 32)
-    assert torch.equal(data.test.images, plain.test.images) and torch.equal(data.valid.images, plain.valid.images)
-    assert next(iter(data.train))[0].shape[2:] == (32, 32)
-
-
 # --- the command line
 
 def test_a_data_set_detected_and_one_named_are_the_same_run(tmp_path):

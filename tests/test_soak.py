@@ -31,7 +31,7 @@ SCRIPTS = {
 
 
 def kill(process, epochs, seconds):
-    """Kill a run some seconds after it has told of so many epochs; counted in epochs, a slow machine kills as late."""
+    """Kill a run some seconds after it has printed so many epochs; counted in epochs, a slow machine kills as late."""
     for line in process.stdout:
         epochs -= line.startswith("epoch")
         if epochs <= 0:

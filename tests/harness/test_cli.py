@@ -21,8 +21,8 @@ def test_usage_errors_are_one_line(folder, flags, word):
     ("", None), ("--zzz --sim-weight", "--ssim-weight")])
 def test_an_unknown_flag_gets_the_nearest_one(folder, flag, meant):
     code, _, err = run(folder, *flag.split(" "))
-    told = f"unrecognized arguments: {flag}" + (f": did you mean {meant}? (" if meant else " (")
-    assert code == 2 and told in err
+    line = f"unrecognized arguments: {flag}" + (f": did you mean {meant}? (" if meant else " (")
+    assert code == 2 and line in err
 
 
 @pytest.mark.parametrize("script", [path.name for path in HERE.glob("*.py") if "cli.run(main)" in path.read_text()])

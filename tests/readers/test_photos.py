@@ -24,3 +24,10 @@ def test_photos_come_from_disjoint_regions_and_are_always_the_same(monkeypatch):
     assert len(set.union(*seen)) == sum(map(len, seen)) and min(map(len, seen)) > 32 * 48
     with pytest.raises(ValueError, match="smaller --image-size"):
         load("photos", Source(image_size=(1000, 1000)), 64)
+
+
+def test_photos_are_cropped_without_being_enlarged():
+    data, plain = (load("photos", Source(image_size=(32, 32), crop_scale=scale), 64) for scale in (1.5, 1.))
+    assert data.train.images.shape[1:3] == (48, 48) and data.size == (32, 32)
+    assert torch.equal(data.test.images, plain.test.images) and torch.equal(data.valid.images, plain.valid.images)
+    assert next(iter(data.train))[0].shape[2:] == (32, 32)

@@ -206,7 +206,7 @@ def test_a_classifier_that_knows_originals_alone_is_no_judge():
     assert judges.no_judge("classifier", found(0.1, 0.49)) is None
     assert "97% of the originals and at most 48%" in judges.no_judge("classifier", found(0.1, 0.48))
     for guessed, original, known in ((0.5, 0.76, True), (0.5, 0.74, False), (0.1, 0.21, True), (0.1, 0.19, False)):
-        told = judges.no_judge("classifier", [found(original, original=original)[0] | {
+        line = judges.no_judge("classifier", [found(original, original=original)[0] | {
             "guessed_accuracy/classifier": guessed}])
-        assert told is None if known else f"{original:.0%} of the originals, and guessing gives {guessed:.0%}" in told
+        assert line is None if known else f"{original:.0%} of the originals, and guessing gives {guessed:.0%}" in line
     assert judges.no_judge("classifier", []) is None and judges.no_judge("effnet-lite0", found(0.1)) is None

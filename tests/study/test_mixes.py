@@ -30,7 +30,7 @@ def test_mixes_and_their_names_which_mean_the_same(text, mix, name):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("sharp", "no loss term 'sharp' in 'sharp': did you mean sharpen. the terms"), ("mse=nan", "weight of mse"),
+    ("sharp", "no loss term 'sharp' in 'sharp': did you mean sharpen[?] the terms"), ("mse=nan", "weight of mse"),
     ("mse=-1", "weight of mse"), ("qqq", "no loss term 'qqq' in 'qqq': the terms"),
     ("mse=0", "weight of mse"), ("ssim,sharpen=0", "value of sharpen"),
     ("recommended,root-ssim=0", "recommended,root-ssim=0.*structural"),
