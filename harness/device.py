@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,27 +68,25 @@ def pick_device(name):
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-        _try_triton()
+        has_triton()  # builds now, not in the first step
         torch.backends.cudnn.benchmark = True  # training has images of one size
         allow_tf32(False)
     return device
 
 
-has_triton = find_spec("triton") is not None  # not on Windows, nor in builds for a CPU; no more where it fails
-
-
-def _try_triton():
-    """Let Triton build what launches its kernels, now and not in the first step; where it cannot, go on without it."""
-    global has_triton
-    if not has_triton:
-        return
+@cache
+def has_triton():
+    """Whether Triton can run kernels on the GPU. The first call builds what launches them, or a line says why not."""
+    if find_spec("triton") is None:  # on Windows, and in builds for a CPU
+        return False
     from triton.runtime import driver
     try:
         driver.active.get_current_target()  # its first use builds
     except (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError) as error:
-        has_triton = False
         print("Triton's kernels are left out, which is slower. They need a C compiler and the headers of Python (apt "
               f"install gcc python3-dev), and the driver's libcuda.so: {_line(error)}", flush=True)
+        return False
+    return True
 
 
 def peak_memory_mb(device):

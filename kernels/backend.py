@@ -10,7 +10,7 @@ CACHED = 2 ** 17  # values of a tensor that a core works on at a time, so that w
 
 def fits_triton(*tensors):
     """Whether a kernel written in Triton takes these tensors."""
-    return device.has_triton and all(x.is_cuda and x.dtype != torch.float64 for x in tensors)
+    return all(x.is_cuda and x.dtype != torch.float64 for x in tensors) and device.has_triton()
 
 
 def in_parts(*tensors, values):

@@ -78,18 +78,28 @@ class Sweep:
 
 # --- runs
 
+class Diverged(UserError):
+    """The loss of one run is not finite: the other runs go on without it."""
+
+
 def in_turn(pool, jobs, done, runs, task):
     """Call task(key) = (function, arguments...) for the keys of `runs`, with a line for each one done.
 
-    A line says how long the rest will take, once one has taken more than seconds.
+    A line says how long the rest will take, once one has taken more than seconds. The first that `Diverged` is raised
+    after all the others are done, any other error at once.
     """
-    spent, started = [], time.monotonic()
+    spent, started, diverged = [], time.monotonic(), []
     with pool:
         futures = {pool.submit(_timed, *task(key)): key for key in runs}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 key = futures[future]
-                seconds = future.result()
+                try:
+                    seconds = future.result()
+                except Diverged as error:
+                    diverged.append(error)
+                    print(f"diverged, the others go on: {key[0]}, seed {key[1]}", flush=True)
+                    continue
                 spent += [seconds] if seconds > 1 else []
                 left = len(runs) - number
                 hint = f", {duration(statistics.mean(spent) * left / jobs)} to go" if spent and left else ""
@@ -105,6 +115,8 @@ def in_turn(pool, jobs, done, runs, task):
             pool.shutdown()  # waits for them
             _stopping.clear()
             raise
+    if diverged:
+        raise diverged[0]
 
 
 def _timed(function, *args):
@@ -159,7 +171,8 @@ def train(run, command, threads):
     """An ordinary run in its own folder, what it prints in output.txt: done once, resumed if it was cut off.
 
     Raises:
-        UserError: training failed for a reason that a user can mend. RuntimeError: it has a bug, with its traceback.
+        Diverged: its loss is not finite. UserError: training failed for another reason that a user can mend.
+        RuntimeError: it has a bug, with its traceback.
     """
     if (run / "results.json").exists():
         return
@@ -184,8 +197,8 @@ def train(run, command, threads):
         lines = errors.strip().splitlines() or ["training failed"]
         reason = next((line for line in lines if ": error: " in line), lines[-1])
         if "not finite" in reason:  # whose advice is for a single run
-            reason = (f"{re.split('[;:] go on|; ', reason)[0]}: give this mix a lower lr, or leave it out; the command "
-                      "then goes on with the others")
+            raise Diverged(f"{run}: {re.split('[;:] go on|; ', reason)[0]}: give this mix a lower lr, or leave it out, "
+                           "and start again: runs that are done are not trained anew")
         raise UserError(f"{run}: {reason}")
 
 

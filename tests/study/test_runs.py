@@ -52,12 +52,24 @@ def test_one_failure_ends_the_rest():
         runs.in_turn(ThreadPoolExecutor(1), 1, "x", {("bad", 0): 1, ("b", 0): 2}, lambda key: (fail, key))
 
 
+def test_one_that_diverges_ends_the_rest_no_earlier_than_they_are_done(capsys):
+    done = []
+
+    def work(key):
+        if key[0] == "bad":
+            raise runs.Diverged("bad: the loss is not finite")
+        done.append(key)
+    with pytest.raises(runs.Diverged, match="bad"):
+        runs.in_turn(ThreadPoolExecutor(1), 1, "x", {("bad", 0): 1, ("b", 0): 2, ("c", 0): 3}, lambda key: (work, key))
+    assert done == [("b", 0), ("c", 0)] and "the others go on: bad, seed 0" in capsys.readouterr().out
+
+
 def test_a_mix_that_diverges_is_told_what_to_change(tmp_path, monkeypatch):
     script = "raise SystemExit('vqvae.py: error: the loss is not finite at step 3; go on with --resume')"
     (tmp_path / "diverges.py").write_text(script)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "HERE", tmp_path)
-    with pytest.raises(UserError, match="not finite at step 3: give this mix a lower lr") as raised:
+    with pytest.raises(runs.Diverged, match="not finite at step 3: give this mix a lower lr") as raised:
         runs.train(Path("models/mse-seed0"), ["diverges.py"], 1)
     assert "--resume" not in str(raised.value)
 
