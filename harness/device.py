@@ -79,8 +79,8 @@ def has_triton():
     """Whether Triton can run kernels on the GPU. The first call builds what launches them, or a line says why not."""
     if find_spec("triton") is None:  # on Windows, and in builds for a CPU
         return False
-    from triton.runtime import driver
     try:
+        from triton.runtime import driver
         driver.active.get_current_target()  # its first use builds
     except (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError) as error:
         print("Triton's kernels are left out, which is slower. They need a C compiler and the headers of Python (apt "

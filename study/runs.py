@@ -85,8 +85,8 @@ class Diverged(UserError):
 def in_turn(pool, jobs, done, runs, task):
     """Call task(key) = (function, arguments...) for the keys of `runs`, with a line for each one done.
 
-    A line says how long the rest will take, once one has taken more than seconds. The first that `Diverged` is raised
-    after all the others are done, any other error at once.
+    A line says how long the rest will take, once one has taken more than seconds. What `Diverged` is raised once all
+    the others are done, any other error at once.
     """
     spent, started, diverged = [], time.monotonic(), []
     with pool:
@@ -97,13 +97,13 @@ def in_turn(pool, jobs, done, runs, task):
                 try:
                     seconds = future.result()
                 except Diverged as error:
-                    diverged.append(error)
-                    print(f"diverged, the others go on: {key[0]}, seed {key[1]}", flush=True)
+                    diverged.append(f"{key[0]}, seed {key[1]}")
+                    print(f"{error}; the others go on", flush=True)
                     continue
                 spent += [seconds] if seconds > 1 else []
                 left = len(runs) - number
                 hint = f", {duration(statistics.mean(spent) * left / jobs)} to go" if spent and left else ""
-                print(f"{done} {number}/{len(runs)}: {key[0]}, seed {key[1]} "
+                print(f"{done} {number - len(diverged)}/{len(runs)}: {key[0]}, seed {key[1]} "
                       f"({duration(time.monotonic() - started)} so far{hint})", flush=True)
         except BaseException as error:
             if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
@@ -116,7 +116,8 @@ def in_turn(pool, jobs, done, runs, task):
             _stopping.clear()
             raise
     if diverged:
-        raise diverged[0]
+        raise Diverged(f"no tables yet, as these runs diverged: {'; '.join(diverged)}. Give their mixes a lower lr, or "
+                       "leave them out, and start again: runs that are done are kept")
 
 
 def _timed(function, *args):
@@ -197,8 +198,7 @@ def train(run, command, threads):
         lines = errors.strip().splitlines() or ["training failed"]
         reason = next((line for line in lines if ": error: " in line), lines[-1])
         if "not finite" in reason:  # whose advice is for a single run
-            raise Diverged(f"{run}: {re.split('[;:] go on|; ', reason)[0]}: give this mix a lower lr, or leave it out, "
-                           "and start again: runs that are done are not trained anew")
+            raise Diverged(f"{run}: {re.split('[;:] go on|; ', reason)[0]}: give this mix a lower lr, or leave it out")
         raise UserError(f"{run}: {reason}")
 
 

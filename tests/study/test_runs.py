@@ -53,15 +53,17 @@ def test_one_failure_ends_the_rest():
 
 
 def test_one_that_diverges_ends_the_rest_no_earlier_than_they_are_done(capsys):
-    done = []
+    done, keys = [], {("bad", 0): 1, ("b", 0): 2, ("c", 0): 3}
 
     def work(key):
         if key[0] == "bad":
             raise runs.Diverged("bad: the loss is not finite")
         done.append(key)
-    with pytest.raises(runs.Diverged, match="bad"):
-        runs.in_turn(ThreadPoolExecutor(1), 1, "x", {("bad", 0): 1, ("b", 0): 2, ("c", 0): 3}, lambda key: (work, key))
-    assert done == [("b", 0), ("c", 0)] and "the others go on: bad, seed 0" in capsys.readouterr().out
+    with pytest.raises(runs.Diverged, match="diverged: bad, seed 0. "):
+        runs.in_turn(ThreadPoolExecutor(1), 1, "trained", keys, lambda key: (work, key))
+    assert done == [("b", 0), ("c", 0)]
+    out = capsys.readouterr().out
+    assert "bad: the loss is not finite; the others go on\n" in out and "trained 2/3: c" in out and "3/3" not in out
 
 
 def test_a_mix_that_diverges_is_told_what_to_change(tmp_path, monkeypatch):
