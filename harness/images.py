@@ -224,7 +224,7 @@ def _end_with(parent, _):
 
 
 def _end_when_told(parent):
-    told = None
-    while os.getppid() == parent and not (told and told.si_pid == parent):  # the loader looks for the former too late
-        told = signal.sigtimedwait({signal.SIGTERM}, 1)
+    sent = None
+    while os.getppid() == parent and not (sent and sent.si_pid == parent):  # the loader looks for the former too late
+        sent = signal.sigtimedwait({signal.SIGTERM}, 1)
     os._exit(0)
